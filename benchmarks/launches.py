@@ -1,0 +1,199 @@
+"""What is shipped: the launches of every operator, recorded once per shape, type and mode.
+
+The launchers themselves run on `meta` tensors (shapes without memory) while `JITFunction.run` is
+replaced by a recorder. So types, constants, alignment hints and launch options are those of a real
+call, and there is no second list of them to go stale.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from triton.runtime.jit import JITFunction
+
+# Constants of a kernel that multiply to the elements one iteration of its loop serves.
+ELEMENT_CONSTANTS = ("BLOCK_D", "BLOCK_L", "STEPS")
+
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch, as `triton.compile` takes it; plain data, so that it can be pickled."""
+
+    function: str  # "module:name"
+    grid: tuple
+    signature: dict  # argument -> type
+    constants: dict  # argument -> value
+    aligned: tuple  # arguments known to be divisible by 16
+    options: dict  # num_warps, enable_fp_fusion, ...
+
+    @property
+    def name(self) -> str:
+        return self.function.partition(":")[2].strip("_")
+
+    @property
+    def key(self) -> str:
+        """Two launches with the same key compile to the same code."""
+        parts = (self.function, self.signature, self.constants, self.aligned, self.options)
+        return repr(parts)
+
+    def with_overrides(self, overrides: dict[str, int]) -> "Launch":
+        """Another launch config: constants this kernel has, and num_warps."""
+        constants = {k: v for k, v in overrides.items() if k in self.constants}
+        options = {k: v for k, v in overrides.items() if k in self.options}
+        return replace(self, constants=self.constants | constants, options=self.options | options)
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.block_sizes)
+
+    @property
+    def block_sizes(self) -> list[int]:
+        return [self.constants[name] for name in ELEMENT_CONSTANTS if name in self.constants]
+
+
+def _describe(value, param) -> tuple[str, bool]:
+    """Type of an argument and whether 16 divides it, as Triton's own launcher finds them."""
+    specialize = not param.do_not_specialize
+    align = specialize and not param.do_not_specialize_on_alignment
+    if param.is_constexpr or value is None:
+        return "constexpr", False
+    if isinstance(value, torch.Tensor):
+        # Allocations are aligned; a view is as aligned as its offset.
+        aligned = align and value.storage_offset() * value.element_size() % 16 == 0
+        return f"*{TYPES[value.dtype]}", aligned
+    if isinstance(value, bool):
+        return "i1", False
+    if isinstance(value, int):
+        if specialize and value == 1:
+            return "constexpr", False
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), align and value % 16 == 0
+    return "fp32", False
+
+
+def describe_launch(function, grid, args, kwargs) -> Launch:
+    names = [param.name for param in function.params]
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    options = {k: v for k, v in kwargs.items() if k not in names and k not in ("grid", "warmup")}
+    signature, constants, aligned = {}, {}, []
+    for param in function.params:
+        value = values.get(param.name, param.default if param.has_default else None)
+        kind, divisible = _describe(value, param)
+        signature[param.name] = kind
+        if kind == "constexpr":
+            constants[param.name] = getattr(value, "value", value)
+        if divisible:
+            aligned.append(param.name)
+    grid = tuple(grid(values)) if callable(grid) else tuple(grid)
+    name = f"{function.fn.__module__}:{function.fn.__name__}"
+    return Launch(name, grid, signature, constants, tuple(aligned), options)
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Inside, launching a Triton kernel appends a `Launch` to the list and runs nothing."""
+    launches: list[Launch] = []
+
+    def record(self, *args, grid, **kwargs):
+        launches.append(describe_launch(self, grid, args, kwargs))
+
+    original, JITFunction.run = JITFunction.run, record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an operator: its launches become rows of the report."""
+
+    op: str
+    call: Callable
+    mode: str = ""
+    dim: int = 160
+    seqlen: int = 196
+    dstate: int = 8
+    dt_rank: int = 20
+    dtype: str = "float16"
+    batch: int = 128
+
+    def tensor(self, *shape, dtype: str | None = None) -> torch.Tensor:
+        return torch.empty(*shape, dtype=getattr(torch, dtype or self.dtype), device="meta")
+
+    def sequence(self, last: int | None = None) -> torch.Tensor:
+        return self.tensor(self.batch, self.seqlen, last or self.dim)
+
+
+def call_selective_scan(case: Case) -> None:
+    from mambavision.kernels import selective_scan as op
+
+    u, delta = case.sequence(), case.sequence()
+    A = case.tensor(case.dim, case.dstate, dtype="float32")
+    B, C = case.sequence(case.dstate), case.sequence(case.dstate)
+    D, bias = (case.tensor(case.dim, dtype="float32") for _ in range(2))
+    z = case.sequence() if "z" in case.mode.split() else None
+    inputs = (u, delta, A, B, C, D, z, bias, None)
+    op.selective_scan_fwd(*inputs, True, False, False)
+    y, _, states = op.selective_scan_fwd(*inputs, True, False, True)
+    op.selective_scan_bwd(torch.empty_like(y), None, *inputs, states, True, False)
+
+
+def call_conv1d_silu(case: Case) -> None:
+    from mambavision.kernels import conv1d_silu as op
+
+    x, weight = case.sequence(2 * case.dim)[..., case.dim :], case.tensor(case.dim, 1, 3)
+    y = op.conv1d_silu_fwd(x, weight, None, True)
+    op.conv1d_silu_bwd(torch.empty_like(y), x, weight, None, True)
+
+
+def call_mixer(case: Case) -> None:
+    from mambavision.kernels import mixer as op
+
+    D, bias = (case.tensor(case.dim, dtype="float32") for _ in range(2))
+    inputs = (
+        case.sequence(2 * case.dim),
+        case.tensor(case.dim, 1, 3),
+        case.tensor(case.dim, 1, 3),
+        case.tensor(case.dt_rank + 2 * case.dstate, case.dim),
+        case.tensor(case.dim, case.dt_rank),
+        case.tensor(case.dim, case.dstate, dtype="float32"),
+        D,
+        bias,
+        None,
+        None,
+    )
+    op.mixer_fwd(*inputs, False)
+    yz, dt_low, BC, states = op.mixer_fwd(*inputs, True)
+    op.mixer_bwd(torch.empty_like(yz), *inputs, dt_low, BC, states)
+
+
+DTYPES = ("float16", "bfloat16", "float32")
+# (dim, seqlen, dt_rank) of published models: T stages 3 and 4, L stage 3, L3-256 stage 3.
+SHAPES = ((160, 196, 20), (320, 49, 40), (392, 196, 49), (512, 256, 64))
+
+
+def shipped_cases() -> list[Case]:
+    cases = []
+    for dtype in DTYPES:
+        for dim, seqlen, dt_rank in SHAPES:
+            shape = {"dim": dim, "seqlen": seqlen, "dt_rank": dt_rank, "dtype": dtype}
+            cases += [
+                Case("selective_scan", call_selective_scan, **shape),
+                Case("conv1d_silu", call_conv1d_silu, **shape),
+                Case("mixer", call_mixer, **shape),
+            ]
+        cases.append(Case("selective_scan", call_selective_scan, mode="z", dtype=dtype))
+        cases += [
+            Case("selective_scan", call_selective_scan, dstate=n, dtype=dtype) for n in (16, 64)
+        ]
+    return cases
