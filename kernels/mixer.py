@@ -1,0 +1,186 @@
+"""The fused middle of the MambaVision mixer, everything between in_proj and out_proj; forward and backward.
+
+    x, z   = halves of xz                                   xz (batch, seqlen, 2 dim)
+    x      = silu(conv_x(x)),  z = silu(conv_z(z))          depthwise, 'same' padding
+    dt_low, B, C = split(x W_x^T)                           x_proj_weight W_x (dt_rank + 2 dstate, dim)
+    delta  = dt_low W_dt^T                                  dt_proj_weight W_dt (dim, dt_rank)
+    yz     = [selective_scan(x, delta, A, B, C, D, delta_bias, softplus), z]
+
+Backward: x and delta are recomputed, not stored; saved are xz, dt_low, [B C] and the scan's states. Then the scan's
+own backward, and the products' :
+
+    ddt_low = ddelta W_dt        dW_dt = ddelta^T dt_low     with dw = [ddt_low dB dC]
+    dx     += dw W_x             dW_x = dw^T x               and dx, dz through the convolutions into dxz
+
+How it is split. Forward, three launches. The first reads xz once: a program owns BLOCK_L rows, convolves them channel
+block by channel block, multiplies x by W_x on the way (`tl.dot`, accumulated in registers), writes x and z into the
+two halves of yz, and dt_low and, in float32, [B C]. Then one library matrix product for delta, then the scan, which
+reads x out of yz and writes y over it. Matrix products of the backward pass are the library's too.
+
+Source: arXiv 2407.08083, section 3. `delta_bias` is all that is added inside the softplus.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from ._device import channel_last, silu
+from .conv1d_silu import conv1d_silu_bwd, conv1d_silu_fwd, conv_rows, rows_of
+from .selective_scan import selective_scan_bwd, selective_scan_fwd
+
+# BLOCK_L rows and BLOCK_D channels at a time per program: 16 is the smallest matrix tile, and short sequences at
+# small batch need the programs.
+CONFIG = {"BLOCK_L": 32, "BLOCK_D": 32, "num_warps": 4, "enable_fp_fusion": True}
+
+
+@triton.jit(do_not_specialize=["batch", "seqlen"])
+def _conv_proj_kernel(
+    xz_ptr, stride_xzb, stride_xzl,  # (batch, seqlen, 2 dim)
+    conv_x_weight_ptr,  # (dim, width)
+    conv_z_weight_ptr,  # (dim, width)
+    conv_x_bias_ptr,  # (dim,) or None
+    conv_z_bias_ptr,  # (dim,) or None
+    x_proj_weight_ptr,  # (dt_rank + 2 dstate, dim)
+    yz_ptr,  # (batch, seqlen, 2 dim), receives [x, z]
+    dt_low_ptr,  # (batch, seqlen, dt_rank)
+    BC_ptr,  # (batch, seqlen, 2 dstate)
+    batch, seqlen, dim, dt_rank,
+    dstate: tl.constexpr, WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    b, t, mask_l = rows_of(pid, batch, seqlen, BLOCK_L)
+    row = b * seqlen + t
+    offs_r = tl.arange(0, BLOCK_R)[None, :]
+    dtype = xz_ptr.dtype.element_ty
+    projected = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
+    for d0 in range(0, dim, BLOCK_D):
+        offs_d = d0 + tl.arange(0, BLOCK_D)[None, :]
+        mask_d = offs_d < dim
+        mask = mask_l & mask_d
+        z = silu(
+            conv_rows(
+                xz_ptr + dim, stride_xzb, stride_xzl, conv_z_weight_ptr, conv_z_bias_ptr,
+                b, t, mask, offs_d, mask_d, seqlen, WIDTH_Z,
+            )
+        )  # fmt: skip
+        tl.store(yz_ptr + row * 2 * dim + dim + offs_d, z.to(dtype), mask=mask)
+        x = silu(
+            conv_rows(
+                xz_ptr, stride_xzb, stride_xzl, conv_x_weight_ptr, conv_x_bias_ptr,
+                b, t, mask, offs_d, mask_d, seqlen, WIDTH_X,
+            )
+        ).to(dtype)  # fmt: skip
+        tl.store(yz_ptr + row * 2 * dim + offs_d, x, mask=mask)
+        # Masked channels of x hold silu(bias) = 0 only because their weights and bias load as 0
+        offs_k = d0 + tl.arange(0, BLOCK_D)[:, None]
+        mask_w = (offs_k < dim) & (offs_r < dt_rank + 2 * dstate)
+        w = tl.load(x_proj_weight_ptr + offs_r * dim + offs_k, mask=mask_w, other=0.0)
+        # "ieee": Triton's default for float32 is TF32, three digits
+        projected = tl.dot(x, w.to(dtype), projected, input_precision="ieee")
+    tl.store(dt_low_ptr + row * dt_rank + offs_r, projected.to(dtype), mask=mask_l & (offs_r < dt_rank))
+    offs_n = offs_r - dt_rank
+    tl.store(BC_ptr + row * 2 * dstate + offs_n, projected, mask=mask_l & (offs_n >= 0) & (offs_n < 2 * dstate))
+
+
+def mixer_fwd(
+    xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias, conv_x_bias, conv_z_bias,
+    save_states,
+):  # fmt: skip
+    """(yz, dt_low, BC, states): the output, and what the backward pass keeps; states empty unless `save_states`."""
+    batch, seqlen, dim = xz.shape[0], xz.shape[1], xz.shape[2] // 2
+    dstate, dt_rank = A.shape[1], dt_proj_weight.shape[1]
+    xz = channel_last(xz)
+    yz = torch.empty(batch, seqlen, 2 * dim, dtype=xz.dtype, device=xz.device)
+    dt_low = torch.empty(batch, seqlen, dt_rank, dtype=xz.dtype, device=xz.device)
+    BC = torch.empty(batch, seqlen, 2 * dstate, dtype=torch.float32, device=xz.device)
+    if batch:
+        with torch.cuda.device_of(xz):
+            _conv_proj_kernel[(triton.cdiv(batch * seqlen, CONFIG["BLOCK_L"]),)](
+                xz, xz.stride(0), xz.stride(1),
+                conv_x_weight.contiguous(),
+                conv_z_weight.contiguous(),
+                conv_x_bias,
+                conv_z_bias,
+                x_proj_weight.contiguous(),
+                yz,
+                dt_low,
+                BC,
+                batch, seqlen, dim, dt_rank,
+                dstate, conv_x_weight.shape[-1], conv_z_weight.shape[-1],
+                max(16, triton.next_power_of_2(dt_rank + 2 * dstate)), **CONFIG,
+            )  # fmt: skip
+    with torch.autocast(xz.device.type, enabled=False):
+        delta = linear(dt_low, dt_proj_weight.to(xz.dtype))
+    x, (B, C) = yz[..., :dim], BC.chunk(2, dim=-1)
+    _, _, states = selective_scan_fwd(x, delta, A, B, C, D, None, delta_bias, None, True, False, save_states, y=x)
+    return yz, dt_low, BC, states
+
+
+def mixer_bwd(
+    dyz, xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias, conv_x_bias, conv_z_bias,
+    dt_low, BC, states,
+):  # fmt: skip
+    """(dxz, dconv_x_weight, dconv_z_weight, dx_proj_weight, ddt_proj_weight, dA, dD, ddelta_bias, dconv_x_bias,
+    dconv_z_bias), None where the argument is None."""
+    dim, dtype = xz.shape[2] // 2, xz.dtype
+    xz, dyz = channel_last(xz), channel_last(dyz)
+    W_x, W_dt = x_proj_weight.to(dtype), dt_proj_weight.to(dtype)
+    B, C = BC.chunk(2, dim=-1)
+    with torch.autocast(xz.device.type, enabled=False):
+        x = conv1d_silu_fwd(xz[..., :dim], conv_x_weight, conv_x_bias, True)
+        delta = linear(dt_low, W_dt)
+        dx, ddelta, dA, dB, dC, dD, _, ddelta_bias, _ = selective_scan_bwd(
+            dyz[..., :dim], None, x, delta, A, B, C, D, None, delta_bias, None, states, True, False
+        )
+        ddt_proj_weight = ddelta.flatten(0, 1).t() @ dt_low.flatten(0, 1)
+        dprojected = torch.cat([ddelta @ W_dt, dB.to(dtype), dC.to(dtype)], dim=-1).flatten(0, 1)
+        dx_proj_weight = dprojected.t() @ x.flatten(0, 1)
+        dx = torch.addmm(dx.flatten(0, 1), dprojected, W_x).view(x.shape)
+    dxz = torch.empty(xz.shape, dtype=dtype, device=xz.device)
+    _, dconv_x_weight, dconv_x_bias = conv1d_silu_bwd(
+        dx, xz[..., :dim], conv_x_weight, conv_x_bias, True, dx=dxz[..., :dim]
+    )
+    _, dconv_z_weight, dconv_z_bias = conv1d_silu_bwd(
+        dyz[..., dim:], xz[..., dim:], conv_z_weight, conv_z_bias, True, dx=dxz[..., dim:]
+    )
+    return (
+        dxz,
+        dconv_x_weight,
+        dconv_z_weight,
+        dx_proj_weight.to(x_proj_weight.dtype),
+        ddt_proj_weight.to(dt_proj_weight.dtype),
+        dA,
+        dD,
+        ddelta_bias,
+        dconv_x_bias,
+        dconv_z_bias,
+    )
+
+
+class Mixer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        yz, dt_low, BC, states = mixer_fwd(*inputs, any(ctx.needs_input_grad))
+        ctx.save_for_backward(*inputs, dt_low, BC, states)
+        return yz
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dyz):
+        return mixer_bwd(dyz, *ctx.saved_tensors)
+
+
+def mixer(
+    xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias, *, conv_x_bias=None,
+    conv_z_bias=None,
+):  # fmt: skip
+    """yz of the module docstring on the Triton path, differentiable in every tensor.
+
+    Arguments are those of `mambavision.ops.mixer`, which checks them.
+    """
+    return Mixer.apply(
+        xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias, conv_x_bias, conv_z_bias
+    )
