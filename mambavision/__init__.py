@@ -1,0 +1,48 @@
+"""MambaVision: the vision backbones with a fused mixer.
+
+The operators live in `mambavision.ops`. Importing needs no Triton and touches no GPU.
+"""
+
+import warnings
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+
+# In a checkout `kernels/` and `reference/` lie beside this folder; installed, inside it.
+_here = Path(__file__).resolve().parent
+if not (_here / "kernels").is_dir():
+    __path__.append(str(_here.parent))
+
+try:
+    _other = metadata.version("mambavision")
+except metadata.PackageNotFoundError:
+    pass
+else:
+    warnings.warn(
+        f"the distribution 'mambavision' {_other} is installed too and writes into the same folder as "
+        "'mambavision-triton': run `pip uninstall mambavision`, then `pip install --force-reinstall "
+        "--no-deps mambavision-triton`, or keep them in two environments",
+        stacklevel=2,
+    )
+
+_HOME = {
+    "MambaVision": "model",
+    "MambaVisionMixer": "mixer",
+    "conv1d_silu": "ops",
+    "create_model": "variants",
+    "list_models": "variants",
+    "load_checkpoint": "weights",
+    "save_checkpoint": "weights",
+    "selective_scan": "ops",
+    "selective_scan_fn": "ops",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"mambavision.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'mambavision' has no attribute {name!r}")
