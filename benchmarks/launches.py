@@ -1,6 +1,6 @@
 """What is shipped: the launches of every operator, recorded once per shape, type and mode.
 
-The launchers themselves run on `meta` tensors (shapes without memory) while `JITFunction.run` is
+The launchers themselves run on fake tensors (shapes without memory) while `JITFunction.run` is
 replaced by a recorder. So types, constants, alignment hints and launch options are those of a real
 call, and there is no second list of them to go stale.
 """
@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.jit import JITFunction
 
 # Constants of a kernel that multiply to the elements one iteration of its loop serves.
@@ -100,7 +102,7 @@ def describe_launch(function, grid, args, kwargs) -> Launch:
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Inside, launching a Triton kernel appends a `Launch` to the list and runs nothing."""
+    """Inside, tensors have no memory; launching a kernel appends a `Launch` and runs nothing."""
     launches: list[Launch] = []
 
     def record(self, *args, grid, **kwargs):
@@ -108,7 +110,8 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
     original, JITFunction.run = JITFunction.run, record
     try:
-        yield launches
+        with FakeTensorMode():
+            yield launches
     finally:
         JITFunction.run = original
 
@@ -128,15 +131,14 @@ class Case:
     batch: int = 128
 
     def tensor(self, *shape, dtype: str | None = None) -> torch.Tensor:
-        return torch.empty(*shape, dtype=getattr(torch, dtype or self.dtype), device="meta")
+        return torch.empty(*shape, dtype=getattr(torch, dtype or self.dtype))
 
     def sequence(self, last: int | None = None) -> torch.Tensor:
         return self.tensor(self.batch, self.seqlen, last or self.dim)
 
 
 def call_selective_scan(case: Case) -> None:
-    from mambavision.kernels import selective_scan as op
-
+    op = import_module("mambavision.kernels.selective_scan")
     u, delta = case.sequence(), case.sequence()
     A = case.tensor(case.dim, case.dstate, dtype="float32")
     B, C = case.sequence(case.dstate), case.sequence(case.dstate)
@@ -149,16 +151,14 @@ def call_selective_scan(case: Case) -> None:
 
 
 def call_conv1d_silu(case: Case) -> None:
-    from mambavision.kernels import conv1d_silu as op
-
+    op = import_module("mambavision.kernels.conv1d_silu")
     x, weight = case.sequence(2 * case.dim)[..., case.dim :], case.tensor(case.dim, 1, 3)
     y = op.conv1d_silu_fwd(x, weight, None, True)
     op.conv1d_silu_bwd(torch.empty_like(y), x, weight, None, True)
 
 
 def call_mixer(case: Case) -> None:
-    from mambavision.kernels import mixer as op
-
+    op = import_module("mambavision.kernels.mixer")
     D, bias = (case.tensor(case.dim, dtype="float32") for _ in range(2))
     inputs = (
         case.sequence(2 * case.dim),

@@ -24,7 +24,7 @@ OPCODE_CLASSES = {
     "load": "LDG LD LDGSTS",
     "store": "STG ST",
     "constant": "LDC ULDC LDCU",
-    "shared": "LDS STS LDSM STSM",
+    "smem": "LDS STS LDSM STSM",
     "local": "LDL STL",
     "shuffle": "SHFL REDUX",
     "barrier": "BAR DEPBAR LDGDEPBAR SYNCS MEMBAR WARPSYNC",
@@ -106,19 +106,22 @@ def unroll_factor(loop: list[Instruction], ptx: str) -> int:
 
 
 def narrow_offsets(ttir: str, block_sizes: list[int]) -> list[str]:
-    """Lines of TTIR where a program id or loop counter is multiplied or meets a pointer in 32 bits.
+    """Lines of TTIR where an offset may exceed 32 bits and is computed in 32.
 
-    None may: with more than 2^31 elements `program_id * stride` wraps around, silently. A product
-    with a block size only counts steps or channels, which fit.
+    A program id must be widened before it meets a pointer or any factor but a block size, which
+    only counts rows or channels: with more than 2^31 elements `program_id * stride` wraps around,
+    silently. A loop counter stays within one sequence and may meet constants as it is.
     """
-    constants = dict(re.findall(r"(%\w+) = arith\.constant (-?\d+) : i32", ttir))
+    constant = r"(%\w+) = arith\.constant (?:dense<)?(-?\d+)>? : (?:tensor<[\dx]*x)?i32"
+    constants = dict(re.findall(constant, ttir))
     sizes = {name for name, value in constants.items() if int(value) in block_sizes}
-    narrow: set[str] = set()
+    ids: set[str] = set()
+    counters: set[str] = set()
     found = []
     for line in ttir.splitlines():
         code = line.partition(" loc(")[0].strip()
         if counter := re.match(r"(?:%[\w:#]+ = )?scf\.for (%\w+) = .* : i32", code):
-            narrow.add(counter[1])
+            counters.add(counter[1])
             continue
         assigned = re.match(r"(%\w+) = ([\w.]+) ?(.*)$", code)
         if not assigned:
@@ -126,10 +129,16 @@ def narrow_offsets(ttir: str, block_sizes: list[int]) -> list[str]:
         result, op, rest = assigned.groups()
         operands = set(re.findall(r"%\w+", rest))
         if op == "tt.get_program_id":
-            narrow.add(result)
-        elif narrow & operands:
-            if op == "tt.addptr" or (op == "arith.muli" and not sizes & operands):
-                found.append(code)
-            elif op not in ("arith.extsi", "arith.cmpi") and "i32" in rest.rpartition(" : ")[2]:
-                narrow.add(result)
+            ids.add(result)
+            continue
+        derived = ids if ids & operands else counters
+        if not derived & operands or op in ("arith.extsi", "arith.cmpi"):
+            continue
+        harmless = sizes if derived is ids else constants.keys()
+        if op == "arith.muli" and not harmless & operands:
+            found.append(code)
+        elif op == "tt.addptr" and derived is ids:
+            found.append(code)
+        elif "i32" in rest.rpartition(" : ")[2]:
+            derived.add(result)
     return found

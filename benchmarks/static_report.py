@@ -281,7 +281,7 @@ def table(rows: list[dict]) -> str:
     for target in dict.fromkeys(row["target"] for row in rows):
         of_target = [row for row in rows if row["target"] == target]
         classes = [name for name in OPCODE_CLASSES if any(name in row["mix"] for row in of_target)]
-        head = ["kernel", "mode", *COLUMNS]
+        head = ["op", "kernel", "mode", *COLUMNS]
         if classes:
             head += ["slots", "useful_slots", *classes]
         lines += [f"\n## {target}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

@@ -71,10 +71,9 @@ def narrow_probe(x_ptr, stride, BLOCK_D: tl.constexpr):
 def main():
     import static_report as report
 
-    x = torch.empty(7, 32, dtype=torch.float16, device="meta")
-    wide = torch.empty(7, 32, dtype=torch.float32, device="meta")
     options = {"num_warps": 1, "enable_fp_fusion": True}
     with report.recorded_launches() as launches:
+        x, wide = torch.empty(7, 32, dtype=torch.float16), torch.empty(7, 32)
         scan_probe[(3,)](x, x, 7, STATES=8, STEPS=4, BLOCK_D=32, LANE_SUM=False, **options)
         scan_probe[(3,)](x, x, 7, STATES=8, STEPS=4, BLOCK_D=32, LANE_SUM=True, **options)
         scan_probe[(3,)](x, x, 7, STATES=16, STEPS=1, BLOCK_D=1024, LANE_SUM=False, **options)

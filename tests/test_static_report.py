@@ -1,0 +1,187 @@
+"""Budgets of the compiled kernels, without a GPU, and proof that the report reads code right.
+
+The report runs in a subprocess, because these tests may run with interpreted kernels, which cannot
+be compiled. Budgets are those of Triton 3.7.1: another release makes other code.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = ROOT / "benchmarks" / "static_report.py"
+PROBES = ROOT / "tests" / "static_probes.py"
+
+BUDGET_VERSION = "3.7.1"
+# Issue slots per (batch, step, channel) at dstate 8, from counts of the first working kernels.
+FORWARD_SLOTS = 90
+FORWARD_SLOTS_ONE_CHANNEL_PER_LANE = 130
+BACKWARD_SLOTS = 350
+# Bytes per program: what every supported GPU has without asking for more.
+SHARED = 48 * 1024
+
+budgets = pytest.mark.skipif(
+    triton.__version__ != BUDGET_VERSION,
+    reason=f"budgets are stated for Triton {BUDGET_VERSION}, this is {triton.__version__}",
+)
+
+
+def run(script: Path, *args: str, **env: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
+    done = subprocess.run(
+        [sys.executable, str(script), *args], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def report(path: Path, *args: str, **env: str) -> dict:
+    run(REPORT, *args, "--json", str(path), **env)
+    return json.loads(path.read_text())
+
+
+def name(row: dict) -> str:
+    keys = ("target", "op", "kernel", "mode", "dtype", "dim", "dstate", "constants")
+    return " ".join(str(row[key]) for key in keys if row[key] != "")
+
+
+def is_scan(row: dict, direction: str) -> bool:
+    return row["kernel"].startswith(f"scan_{direction}")
+
+
+def broken_rules(rows: list[dict]) -> list[str]:
+    """What holds for every kernel on every target."""
+    broken = []
+    for row in rows:
+        if row["spills"]:
+            broken.append(f"spills {row['spills']} bytes: {name(row)}")
+        if row["shared"] > SHARED:
+            broken.append(f"{row['shared']} bytes of shared memory: {name(row)}")
+        if row["options"].get("enable_fp_fusion") is not True:
+            broken.append(f"floating-point fusion not requested: {name(row)}")
+        # The large axis is axis 0, the only one that may exceed 65,535.
+        if row["axes"] != ["x"] or row["grid"][1:] not in ([], [1], [1, 1]):
+            broken.append(f"grid {row['grid']} over {row['axes']}: {name(row)}")
+        if row["narrow_offsets"]:
+            broken.append(f"32-bit offset {row['narrow_offsets'][0]}: {name(row)}")
+    return broken
+
+
+def broken_budgets(rows: list[dict]) -> list[str]:
+    """Budgets of the scans' step loops, which only sm_90 rows carry."""
+    broken = []
+    for row in rows:
+        lanes = row["mix"].get("shuffle", 0) + row["mix"].get("barrier", 0)
+        if is_scan(row, "fwd") and row["dstate"] <= 16 and lanes:
+            broken.append(f"shuffles or barriers in the step loop: {name(row)}")
+        if is_scan(row, "bwd") and row["dstate"] == 8 and row["slots"] > BACKWARD_SLOTS:
+            broken.append(f"{row['slots']} slots: {name(row)}")
+        if is_budgeted_forward(row) and row["slots"] > FORWARD_SLOTS:
+            broken.append(f"{row['slots']} slots: {name(row)}")
+    return broken
+
+
+def is_budgeted_forward(row: dict) -> bool:
+    """16-bit, with D, bias and softplus, without z, and no channel masked."""
+    return (
+        is_scan(row, "fwd")
+        and (row["mode"], row["dstate"]) == ("", 8)
+        and row["dtype"] != "float32"
+        and row["dim"] % row["constants"]["BLOCK_D"] == 0
+    )
+
+
+def test_probes():
+    """Kernels of known machine code: exponentials, lane sums, spills, nesting, narrow offsets."""
+    probes = json.loads(run(PROBES, "sm_90"))
+    scan, lane_sum, spill, nested, narrow = (
+        probes[f"{key} sm_90"] for key in ("scan", "lane_sum", "spill", "nested", "narrow")
+    )
+    # 8 exponentials, one load and one store per step, at one channel per lane.
+    assert scan["mix"]["MUFU"] == 8 and scan["mix"]["load"] == scan["mix"]["store"] == 1
+    assert scan["loop_instructions"] == 4 * scan["slots"]
+    assert "shuffle" not in scan["mix"] and "other" not in scan["mix"]
+    # A sum over 32 lanes is five butterfly exchanges.
+    assert lane_sum["mix"]["shuffle"] == 5 and lane_sum["opcodes"]["SHFL.BFLY"] == 20
+    assert scan["spills"] == 0 and spill["spills"] > 1000 and spill["mix"]["local"] > 1
+    # One exponential per step remains after the assembler unrolled the inner loop by itself.
+    assert nested["loop_steps_unrolled"] > 1 and nested["mix"]["MUFU"] == 1
+    assert scan["narrow_offsets"] == nested["narrow_offsets"] == []
+    assert len(narrow["narrow_offsets"]) == 1 and "stride" in narrow["narrow_offsets"][0]
+    # A view two bytes into its buffer is not aligned; a stride of 320 is a multiple of 16.
+    assert scan["launch"]["aligned"] == ["x_ptr", "y_ptr"]
+    assert narrow["launch"]["aligned"] == ["stride"] and narrow["launch"]["grid"] == [32, 2]
+    # At most 32 programs of one warp live on an SM, however few registers they take.
+    assert scan["resident_warps"] == 32
+
+
+@budgets
+def test_budgets_of_one_width(tmp_path):
+    rows = report(tmp_path / "r.json", "--target", "sm_90", "--dtype", "float16", "--dim", "320")[
+        "rows"
+    ]
+    assert {row["op"] for row in rows} == {"selective_scan", "conv1d_silu", "mixer"}
+    assert any(is_budgeted_forward(row) for row in rows)
+    assert broken_rules(rows) + broken_budgets(rows) == []
+
+
+@budgets
+def test_forward_budget_at_one_channel_per_lane(tmp_path):
+    args = "--target sm_90 --dtype float16 --dim 320 --kernel scan_fwd --set BLOCK_D=32".split()
+    rows = [row for row in report(tmp_path / "r.json", *args)["rows"] if is_budgeted_forward(row)]
+    assert rows
+    assert [name(row) for row in rows if row["slots"] > FORWARD_SLOTS_ONE_CHANNEL_PER_LANE] == []
+
+
+@budgets
+@pytest.mark.slow
+def test_budgets_of_the_full_matrix(tmp_path):
+    rows = report(tmp_path / "r.json", "--target", "sm_90")["rows"]
+    assert broken_rules(rows) + broken_budgets(rows) == []
+
+
+@budgets
+@pytest.mark.slow
+def test_rules_on_the_other_targets(tmp_path):
+    targets = ["sm_80", "sm_100", "gfx942"]
+    rows = report(tmp_path / "r.json", "--target", *targets, "--dtype", "float16")["rows"]
+    assert {row["target"] for row in rows} == set(targets)
+    assert broken_rules(rows) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_another_triton_compiles_the_kernels(version, tmp_path):
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
+    installed = subprocess.run([*pip, f"triton=={version}"], capture_output=True, text=True)
+    if installed.returncode:
+        pytest.skip(f"pip cannot install triton=={version}: {installed.stderr.strip()[-200:]}")
+    args = "--target sm_90 gfx942 --dtype float16 --dim 320".split()
+    env = {"PYTHONPATH": str(site), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    document = report(tmp_path / "r.json", *args, **env)
+    assert document["triton"] == version
+    assert {row["op"] for row in document["rows"]} == {"selective_scan", "conv1d_silu", "mixer"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--target", "sm_1"], "invalid choice: 'sm_1'"),
+        (["--set", "BLOCK_D"], "expected NAME=INTEGER"),
+        (["--kernel", "nothing"], "no kernel matches"),
+        (["--json", "no/such/folder/r.json"], "no such folder"),
+    ],
+    ids=["target", "set", "kernel", "json"],
+)
+def test_bad_arguments_are_named(args, message):
+    done = subprocess.run(
+        [sys.executable, str(REPORT), *args], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2 and message in done.stderr
