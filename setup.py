@@ -1,7 +1,7 @@
 """The distribution `mambavision-triton`; its only top-level import name is `mambavision`.
 
-The checkout keeps `kernels/` and `reference/` beside `mambavision/`. Installed, they live inside it: top-level packages
-of those names would overwrite other people's files (`kernels` is a package on PyPI).
+The checkout keeps `kernels/` and `reference/` beside `mambavision/`. Installed, they live inside
+it: top-level packages of those names would overwrite other people's files (`kernels` is on PyPI).
 """
 
 import re
@@ -18,22 +18,28 @@ OLDEST_TRITON = "3.6"
 EXTRAS = {
     "demo": ["matplotlib>=3.8", "scikit-learn>=1.4", "tqdm>=4.60"],
     "weights": ["huggingface_hub>=0.23", "safetensors>=0.4"],
-    "test": ["hypothesis>=6.100", "numpy", "pytest>=8", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "safetensors>=0.4"],
+    "test": ["hypothesis>=6.100", "numpy", "pytest>=8", "pytest-xdist>=3.5", "safetensors>=0.4"],
 }
-EXTRAS["dev"] = [*EXTRAS["demo"], *EXTRAS["weights"], *EXTRAS["test"], "build>=1", "mypy>=1.10", "ruff>=0.6"]
+EXTRAS["dev"] = [*EXTRAS["demo"], *EXTRAS["weights"], *EXTRAS["test"]]
+EXTRAS["dev"] += ["build>=1", "mypy>=1.10", "ruff>=0.6"]
 
-version = re.search(r'^__version__ = "(.+)"$', (ROOT / "mambavision/__init__.py").read_text(), re.MULTILINE)
+init = (ROOT / "mambavision" / "__init__.py").read_text(encoding="utf-8")
+version = re.search(r'^__version__ = "(.+)"$', init, re.MULTILINE)
 assert version is not None
 
 setup(
     name="mambavision-triton",
     version=version.group(1),
-    description="MambaVision: the vision backbones with a fused mixer in Triton, forward and backward",
+    description="MambaVision backbones with a fused mixer in Triton, forward and backward",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=[*find_packages(include=["mambavision", "mambavision.*"]), "mambavision.kernels", "mambavision.reference"],
+    packages=[
+        *find_packages(include=["mambavision", "mambavision.*"]),
+        "mambavision.kernels",
+        "mambavision.reference",
+    ],
     package_dir={"mambavision.kernels": "kernels", "mambavision.reference": "reference"},
     package_data={"mambavision": ["py.typed"]},
     zip_safe=False,

@@ -21,9 +21,9 @@ except metadata.PackageNotFoundError:
     pass
 else:
     warnings.warn(
-        f"the distribution 'mambavision' {_other} is installed too and writes into the same folder as "
-        "'mambavision-triton': run `pip uninstall mambavision`, then `pip install --force-reinstall "
-        "--no-deps mambavision-triton`, or keep them in two environments",
+        f"the distribution 'mambavision' {_other} is installed too and writes into the same folder "
+        "as 'mambavision-triton': run `pip uninstall mambavision`, then `pip install "
+        "--force-reinstall --no-deps mambavision-triton`, or keep them in two environments",
         stacklevel=2,
     )
 
