@@ -1,14 +1,17 @@
-"""Device helpers shared by the kernels.
+"""Device helpers shared by the kernels: activations, and the tuples of registers a scan works on.
 
-First sigmoid, SiLU and softplus with their derivatives, on float32. Everything goes through exp2, one instruction on every target, and one polynomial; there
-is no libdevice call, so CUDA, HIP and the interpreter run the same arithmetic.
+Activations take and return float32. Everything goes through exp2, one instruction on every target,
+and one polynomial; there is no libdevice call, so CUDA, HIP and the interpreter run the same
+arithmetic.
+
+A state register holds one state of each channel, (BLOCK_D,), or with BLOCK_N > 1 that many side by
+side over lanes, (BLOCK_D, BLOCK_N). The dstate states of a channel are a tuple of such registers.
 """
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -31,10 +34,10 @@ def dsilu(x):
 
 @triton.jit
 def log1p_unit(e):
-    """log(1 + e) for 0 <= e <= 1 as e P(e), relative error below 2.2e-7 in float32 down to the smallest e.
+    """log(1 + e) for 0 <= e <= 1 as e P(e), relative error below 2.2e-7 in float32 everywhere.
 
-    P is the polynomial of degree 8 that minimises the largest relative error of log(1 + e) / e on [0, 1] (3e-8 before
-    rounding). 1 + e is never formed, so tiny steps keep their relative accuracy, which log2(1 + e) would lose.
+    P, of degree 8, minimises the largest relative error of log(1 + e) / e on [0, 1] (3e-8 before
+    rounding). 1 + e is never formed, so that tiny steps keep their relative accuracy.
     """
     p = 0.005232170689851046
     p = p * e - 0.029503170400857925
@@ -55,60 +58,8 @@ def softplus(x):
 
 
 @triton.jit
-def load_states(ptr, offs_d, mask_d, stride_d, stride_n, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dstate values of each channel as a tuple of registers, (BLOCK_D,) each or, over lanes, (BLOCK_D, BLOCK_N)."""
-    values = ()
-    for r in tl.static_range((dstate + BLOCK_N - 1) // BLOCK_N):
-        if BLOCK_N == 1:
-            value = tl.load(ptr + offs_d * stride_d + r * stride_n, mask=mask_d, other=0.0)
-        else:
-            offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask = mask_d[:, None] & (offs_n < dstate)[None, :]
-            value = tl.load(ptr + offs_d[:, None] * stride_d + offs_n[None, :] * stride_n, mask=mask, other=0.0)
-        values = values + (value.to(tl.float32),)
-    return values
-
-
-@triton.jit
-def store_states(ptr, values, offs_d, mask_d, stride_d, stride_n, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
-    for r in tl.static_range((dstate + BLOCK_N - 1) // BLOCK_N):
-        if BLOCK_N == 1:
-            tl.store(ptr + offs_d * stride_d + r * stride_n, values[r], mask=mask_d)
-        else:
-            offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask = mask_d[:, None] & (offs_n < dstate)[None, :]
-            tl.store(ptr + offs_d[:, None] * stride_d + offs_n[None, :] * stride_n, values[r], mask=mask)
-
-
-@triton.jit
-def zeros(like):
-    values = ()
-    for r in tl.static_range(len(like)):
-        values = values + (tl.zeros_like(like[r]),)
-    return values
-
-
-@triton.jit
-def first_states(ptr, b, like, offs_d, mask_d, dim, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Entry b of a (batch, dim, dstate) tensor, or zeros where there is none."""
-    if ptr is None:
-        return zeros(like)
-    else:
-        return load_states(ptr + b * dim * dstate, offs_d, mask_d, dstate, 1, dstate, BLOCK_N)
-
-
-@triton.jit
-def load_row(ptr, in_seq, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
-    """B_t or C_t as a tuple of scalars or, over lanes, (1, BLOCK_N) rows: shared by all channels of the program."""
-    values = ()
-    for r in tl.static_range((dstate + BLOCK_N - 1) // BLOCK_N):
-        if BLOCK_N == 1:
-            value = tl.load(ptr + r, mask=in_seq, other=0.0)
-        else:
-            offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)
-            value = tl.load(ptr + offs_n, mask=(offs_n < dstate) & in_seq, other=0.0)[None, :]
-        values = values + (value.to(tl.float32),)
-    return values
+def store(ptr, value, mask):
+    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -121,46 +72,125 @@ def load_vector(ptr, offs_d, mask_d):
 
 
 @triton.jit
-def row_of(t0, i: tl.constexpr, seqlen, REVERSE: tl.constexpr):
-    """Where logical step t0 + i lies: with REVERSE the sequence is walked from its end, without a flipped copy."""
-    if REVERSE:
-        return tl.cast(seqlen - 1 - t0, tl.int64) - i
-    else:
-        return tl.cast(t0, tl.int64) + i
+def rows_from(t0, seqlen, STEPS: tl.constexpr, REVERSE: tl.constexpr):
+    """Where logical steps t0 .. t0 + STEPS - 1 lie: with REVERSE the sequence is walked from its
+    end, without a flipped copy."""
+    rows = ()
+    for i in tl.static_range(STEPS):
+        if REVERSE:
+            rows = rows + (tl.cast(seqlen - 1 - t0, tl.int64) - i,)
+        else:
+            rows = rows + (tl.cast(t0, tl.int64) + i,)
+    return rows
 
 
 @triton.jit
-def load_block(
-    ptr, stride_l: tl.constexpr, offs_d, mask_d, t0, seqlen,
-    STEPS: tl.constexpr, EVEN_L: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """Steps t0 .. t0 + STEPS - 1 of one batch entry as a tuple of (BLOCK_D,), 0 behind the end."""
-    values = ()
+def masks_from(t0, seqlen, STEPS: tl.constexpr, EVEN_L: tl.constexpr):
+    """Which of these steps lie inside the sequence."""
+    masks = ()
     for i in tl.static_range(STEPS):
-        mask = mask_d if EVEN_L else mask_d & (t0 + i < seqlen)
-        row = row_of(t0, i, seqlen, REVERSE)
-        values = values + (tl.load(ptr + row * stride_l + offs_d, mask=mask, other=0.0).to(tl.float32),)
+        if EVEN_L:
+            masks = masks + (tl.full((), True, tl.int1),)
+        else:
+            masks = masks + (tl.cast(t0, tl.int32) + i < seqlen,)
+    return masks
+
+
+@triton.jit
+def load_rows(ptr, stride_l: tl.constexpr, rows, masks, offs_d, mask_d):
+    """These rows of a (seqlen, dim) tensor as a tuple of (BLOCK_D,), 0 behind the end."""
+    values = ()
+    for i in tl.static_range(len(rows)):
+        value = tl.load(ptr + rows[i] * stride_l + offs_d, mask=mask_d & masks[i], other=0.0)
+        values = values + (value.to(tl.float32),)
     return values
 
 
 @triton.jit
-def store_block(
-    ptr, stride_l: tl.constexpr, values, offs_d, mask_d, t0, seqlen,
-    STEPS: tl.constexpr, EVEN_L: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    for i in tl.static_range(STEPS):
-        mask = mask_d if EVEN_L else mask_d & (t0 + i < seqlen)
-        row = row_of(t0, i, seqlen, REVERSE)
-        tl.store(ptr + row * stride_l + offs_d, values[i].to(ptr.dtype.element_ty), mask=mask)
+def store_rows(ptr, stride_l: tl.constexpr, values, rows, masks, offs_d, mask_d):
+    for i in tl.static_range(len(rows)):
+        store(ptr + rows[i] * stride_l + offs_d, values[i], mask_d & masks[i])
+
+
+@triton.jit
+def load_states(
+    ptr, offs_d, mask_d, stride_d, stride_n, dstate: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The dstate values of each channel, a tuple of state registers."""
+    values = ()
+    for r in tl.static_range((dstate + BLOCK_N - 1) // BLOCK_N):
+        if BLOCK_N == 1:
+            value = tl.load(ptr + offs_d * stride_d + r * stride_n, mask=mask_d, other=0.0)
+        else:
+            offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)
+            offs = offs_d[:, None] * stride_d + offs_n[None, :] * stride_n
+            mask = mask_d[:, None] & (offs_n < dstate)[None, :]
+            value = tl.load(ptr + offs, mask=mask, other=0.0)
+        values = values + (value.to(tl.float32),)
+    return values
+
+
+@triton.jit
+def store_states(
+    ptr, values, offs_d, mask_d, stride_d, stride_n, dstate: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    for r in tl.static_range(len(values)):
+        if BLOCK_N == 1:
+            tl.store(ptr + offs_d * stride_d + r * stride_n, values[r], mask=mask_d)
+        else:
+            offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)
+            offs = offs_d[:, None] * stride_d + offs_n[None, :] * stride_n
+            mask = mask_d[:, None] & (offs_n < dstate)[None, :]
+            tl.store(ptr + offs, values[r], mask=mask)
+
+
+@triton.jit
+def zeros(like):
+    values = ()
+    for r in tl.static_range(len(like)):
+        values = values + (tl.zeros_like(like[r]),)
+    return values
+
+
+@triton.jit
+def load_first(ptr, b, like, offs_d, mask_d, dim, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Entry b of a (batch, dim, dstate) tensor, or zeros where there is none."""
+    if ptr is None:
+        return zeros(like)
+    else:
+        return load_states(ptr + b * dim * dstate, offs_d, mask_d, dstate, 1, dstate, BLOCK_N)
+
+
+@triton.jit
+def load_row(ptr, mask, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    """B or C of one step, shared by the channels: scalars, or (1, BLOCK_N) to meet wide registers."""
+    values = ()
+    for r in tl.static_range((dstate + BLOCK_N - 1) // BLOCK_N):
+        if BLOCK_N == 1:
+            value = tl.load(ptr + r, mask=mask, other=0.0)
+        else:
+            offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)
+            value = tl.load(ptr + offs_n, mask=(offs_n < dstate) & mask, other=0.0)[None, :]
+        values = values + (value.to(tl.float32),)
+    return values
 
 
 @triton.jit
 def over_states(x, BLOCK_N: tl.constexpr):
-    """(BLOCK_D,) as it meets a register of states: itself, or a column where states lie along lanes."""
+    """(BLOCK_D,) as it meets a state register: itself, or a column before a wide one."""
     if BLOCK_N == 1:
         return x
     else:
         return x[:, None]
+
+
+@triton.jit
+def sum_states(x, BLOCK_N: tl.constexpr):
+    """Sum over the states of one register, (BLOCK_D,)."""
+    if BLOCK_N == 1:
+        return x
+    else:
+        return tl.sum(x, axis=1)
 
 
 @triton.jit
@@ -172,26 +202,19 @@ def add(a, b):
 
 
 @triton.jit
-def sum_states(x, BLOCK_N: tl.constexpr):
-    if BLOCK_N == 1:
-        return x
-    else:
-        return tl.sum(x, axis=1)
-
-
-@triton.jit
 def _exchange(a, b, lanes, BIT: tl.constexpr):
-    """Lanes without BIT add up a, lanes with BIT add up b, each with the lane that differs in BIT."""
+    """Adds up a in lanes without BIT and b in lanes with it, each with the lane across BIT."""
     upper = (lanes & BIT) != 0
     return tl.where(upper, b, a) + tl.gather(tl.where(upper, a, b), lanes ^ BIT, 0)
 
 
 @triton.jit
-def sum_channels(values, V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Sums over channels of V tensors (V a power of two, at most 32) at once: (32,), lane l has that of value l V / 32.
+def _sum_channels(values, V: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Sums over channels of V (BLOCK_D,) tensors at once, V a power of two up to 32: (32,), of
+    which element l belongs to value l V / 32.
 
-    Summing them one by one takes 5 exchanges each. Here an exchange serves two values, of which each half of the
-    lanes then carries one: 16 exchanges for 16 values instead of 80.
+    One by one, each sum takes 5 exchanges between lanes. Here one exchange serves two values, of
+    which each half of the lanes then carries one: 16 exchanges for 16 values instead of 80.
     """
     lanes = tl.arange(0, 32)
     for s in tl.static_range(3):
@@ -205,7 +228,8 @@ def sum_channels(values, V: tl.constexpr, BLOCK_D: tl.constexpr):
         if V >> s > 1:
             halved = ()
             for r in tl.static_range(V >> (s + 1)):
-                halved = halved + (_exchange(values[r], values[r + (V >> (s + 1))], lanes, 16 >> s),)
+                pair = _exchange(values[r], values[r + (V >> (s + 1))], lanes, 16 >> s)
+                halved = halved + (pair,)
             values = halved
         else:
             values = (values[0] + tl.gather(values[0], lanes ^ (16 >> s), 0),)
@@ -213,27 +237,27 @@ def sum_channels(values, V: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def store_row_sums(
-    ptr, values, in_seq, dstate: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
+def store_channel_sums(
+    ptr, values, mask, dstate: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Sums over the program's channels of one or more rows of dstate values, stored one behind the other."""
+    """Sums over channels of one or two tuples of dstate states, one row behind the other."""
     if BLOCK_N == 1:
         count: tl.constexpr = len(values)
-        V: tl.constexpr = triton.next_power_of_2(len(values))
+        V: tl.constexpr = triton.next_power_of_2(count)
         for _ in tl.static_range(V - count):
             values = values + (tl.zeros_like(values[0]),)
-        index = tl.arange(0, 32) * V // 32
-        first = tl.arange(0, 32) * V % 32 == 0
-        tl.store(ptr + index, sum_channels(values, V, BLOCK_D), mask=first & (index < count) & in_seq)
+        offs = tl.arange(0, 32) * V
+        first = (offs % 32 == 0) & (offs // 32 < count)
+        tl.store(ptr + offs // 32, _sum_channels(values, V, BLOCK_D), mask=first & mask)
     else:
         R: tl.constexpr = (dstate + BLOCK_N - 1) // BLOCK_N
         for r in tl.static_range(len(values)):
             offs_n = r % R * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask = (offs_n < dstate) & in_seq
-            tl.store(ptr + r // R * dstate + offs_n, tl.sum(values[r], axis=0), mask=mask)
+            sums = tl.sum(values[r], axis=0)
+            tl.store(ptr + r // R * dstate + offs_n, sums, mask=(offs_n < dstate) & mask)
 
 
 def channel_last(x):
-    """x (batch, seqlen, dim) as every kernel reads it: adjacent channels, rows at one distance inside a batch entry.
-    Any other layout costs a contiguous copy."""
+    """x (batch, seqlen, dim) as the kernels read it: adjacent channels, rows at one distance inside
+    a batch entry. Any other layout costs a contiguous copy."""
     return x if x.stride(2) == 1 and x.stride(0) >= x.stride(1) else x.contiguous()

@@ -41,12 +41,25 @@ def rows_of(block, batch, seqlen, BLOCK_L: tl.constexpr):
 def load_shifted(ptr, stride_b, stride_l, b, t, mask, shift: tl.constexpr, offs_d, seqlen):
     """Rows t + shift of a (batch, seqlen, dim) tensor, 0 outside the sequence."""
     inside = mask & (t + shift >= 0) & (t + shift < seqlen)
-    return tl.load(ptr + b * stride_b + (t + shift) * stride_l + offs_d, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(ptr + b * stride_b + (t + shift) * stride_l + offs_d, mask=inside, other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
 def conv_rows(
-    x_ptr, stride_xb, stride_xl, weight_ptr, bias_ptr, b, t, mask, offs_d, mask_d, seqlen, WIDTH: tl.constexpr
+    x_ptr,
+    stride_xb,
+    stride_xl,
+    weight_ptr,
+    bias_ptr,
+    b,
+    t,
+    mask,
+    offs_d,
+    mask_d,
+    seqlen,
+    WIDTH: tl.constexpr,
 ):
     """a of the module docstring for rows (b, t), (BLOCK_L, 1), and channels offs_d, (1, BLOCK_D)."""
     a = tl.zeros((t.shape[0], offs_d.shape[1]), tl.float32)
@@ -54,7 +67,9 @@ def conv_rows(
         a += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     for k in tl.static_range(WIDTH):
         weight = tl.load(weight_ptr + offs_d * WIDTH + k, mask=mask_d, other=0.0).to(tl.float32)
-        a += weight * load_shifted(x_ptr, stride_xb, stride_xl, b, t, mask, k - (WIDTH - 1) // 2, offs_d, seqlen)
+        a += weight * load_shifted(
+            x_ptr, stride_xb, stride_xl, b, t, mask, k - (WIDTH - 1) // 2, offs_d, seqlen
+        )
     return a
 
 
@@ -73,10 +88,14 @@ def _conv1d_silu_fwd_kernel(
     mask_d = offs_d < dim
     b, t, mask_l = rows_of(pid // blocks_d, batch, seqlen, BLOCK_L)
     mask = mask_l & mask_d
-    y = conv_rows(x_ptr, stride_xb, stride_xl, weight_ptr, bias_ptr, b, t, mask, offs_d, mask_d, seqlen, WIDTH)
+    y = conv_rows(
+        x_ptr, stride_xb, stride_xl, weight_ptr, bias_ptr, b, t, mask, offs_d, mask_d, seqlen, WIDTH
+    )
     if ACTIVATION:
         y = silu(y)
-    tl.store(y_ptr + b * stride_yb + t * stride_yl + offs_d, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        y_ptr + b * stride_yb + t * stride_yl + offs_d, y.to(y_ptr.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit(do_not_specialize=["batch", "seqlen"])
@@ -108,7 +127,20 @@ def _conv1d_silu_bwd_kernel(
         da = load_shifted(dy_ptr, stride_dyb, stride_dyl, b, t, mask, LEFT - k, offs_d, seqlen)
         if ACTIVATION:
             da *= dsilu(
-                conv_rows(x_ptr, stride_xb, stride_xl, weight_ptr, bias_ptr, b, s, mask_s, offs_d, mask_d, seqlen, WIDTH)
+                conv_rows(
+                    x_ptr,
+                    stride_xb,
+                    stride_xl,
+                    weight_ptr,
+                    bias_ptr,
+                    b,
+                    s,
+                    mask_s,
+                    offs_d,
+                    mask_d,
+                    seqlen,
+                    WIDTH,
+                )
             )
         dx += da * tl.load(weight_ptr + offs_d * WIDTH + k, mask=mask_d, other=0.0).to(tl.float32)
         x = load_shifted(x_ptr, stride_xb, stride_xl, b, t, mask, 0, offs_d, seqlen)
@@ -116,7 +148,9 @@ def _conv1d_silu_bwd_kernel(
         tl.store(dweight_ptr + (block * WIDTH + k) * dim + offs_d, dweight, mask=mask_d)
         if k == LEFT:
             tl.store(dbias_ptr + block * dim + offs_d, tl.sum(da, axis=0)[None, :], mask=mask_d)
-    tl.store(dx_ptr + b * stride_dxb + t * stride_dxl + offs_d, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        dx_ptr + b * stride_dxb + t * stride_dxl + offs_d, dx.to(dx_ptr.dtype.element_ty), mask=mask
+    )
 
 
 def _row_blocks(batch, seqlen):

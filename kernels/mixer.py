@@ -30,9 +30,9 @@ from ._device import channel_last, silu
 from .conv1d_silu import conv1d_silu_bwd, conv1d_silu_fwd, conv_rows, rows_of
 from .selective_scan import selective_scan_bwd, selective_scan_fwd
 
-# BLOCK_L rows and BLOCK_D channels at a time per program: 16 is the smallest matrix tile, and short sequences at
-# small batch need the programs.
-CONFIG = {"BLOCK_L": 32, "BLOCK_D": 32, "num_warps": 4, "enable_fp_fusion": True}
+# Rows and channels at a time of one program, and the most columns of x W_x^T that it accumulates: wider spills.
+CONFIG = {"BLOCK_L": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+MAX_BLOCK_R = 128
 
 
 @triton.jit(do_not_specialize=["batch", "seqlen"])
@@ -51,38 +51,39 @@ def _conv_proj_kernel(
     BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    b, t, mask_l = rows_of(pid, batch, seqlen, BLOCK_L)
+    width = dt_rank + 2 * dstate
+    blocks_r = tl.cdiv(width, BLOCK_R)
+    offs_r = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+    first = pid % blocks_r == 0
+    b, t, mask_l = rows_of(pid // blocks_r, batch, seqlen, BLOCK_L)
     row = b * seqlen + t
-    offs_r = tl.arange(0, BLOCK_R)[None, :]
     dtype = xz_ptr.dtype.element_ty
-    projected = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
+    w = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
     for d0 in range(0, dim, BLOCK_D):
         offs_d = d0 + tl.arange(0, BLOCK_D)[None, :]
         mask_d = offs_d < dim
         mask = mask_l & mask_d
-        z = silu(
-            conv_rows(
+        x = conv_rows(
+            xz_ptr, stride_xzb, stride_xzl, conv_x_weight_ptr, conv_x_bias_ptr,
+            b, t, mask, offs_d, mask_d, seqlen, WIDTH_X,
+        )  # fmt: skip
+        x = silu(x).to(dtype)
+        offs_k = d0 + tl.arange(0, BLOCK_D)[:, None]
+        mask_W = (offs_k < dim) & (offs_r < width)
+        W = tl.load(x_proj_weight_ptr + offs_r * dim + offs_k, mask=mask_W, other=0.0).to(dtype)
+        # "ieee": Triton's default for float32 is TF32, three digits
+        w = tl.dot(x, W, w, input_precision="ieee")
+        if first:
+            z = conv_rows(
                 xz_ptr + dim, stride_xzb, stride_xzl, conv_z_weight_ptr, conv_z_bias_ptr,
                 b, t, mask, offs_d, mask_d, seqlen, WIDTH_Z,
-            )
-        )  # fmt: skip
-        tl.store(yz_ptr + row * 2 * dim + dim + offs_d, z.to(dtype), mask=mask)
-        x = silu(
-            conv_rows(
-                xz_ptr, stride_xzb, stride_xzl, conv_x_weight_ptr, conv_x_bias_ptr,
-                b, t, mask, offs_d, mask_d, seqlen, WIDTH_X,
-            )
-        ).to(dtype)  # fmt: skip
-        tl.store(yz_ptr + row * 2 * dim + offs_d, x, mask=mask)
-        # Masked channels of x hold silu(bias) = 0 only because their weights and bias load as 0
-        offs_k = d0 + tl.arange(0, BLOCK_D)[:, None]
-        mask_w = (offs_k < dim) & (offs_r < dt_rank + 2 * dstate)
-        w = tl.load(x_proj_weight_ptr + offs_r * dim + offs_k, mask=mask_w, other=0.0)
-        # "ieee": Triton's default for float32 is TF32, three digits
-        projected = tl.dot(x, w.to(dtype), projected, input_precision="ieee")
-    tl.store(dt_low_ptr + row * dt_rank + offs_r, projected.to(dtype), mask=mask_l & (offs_r < dt_rank))
+            )  # fmt: skip
+            tl.store(yz_ptr + row * 2 * dim + offs_d, x, mask=mask)
+            tl.store(yz_ptr + row * 2 * dim + dim + offs_d, silu(z).to(dtype), mask=mask)
+    tl.store(dt_low_ptr + row * dt_rank + offs_r, w.to(dtype), mask=mask_l & (offs_r < dt_rank))
     offs_n = offs_r - dt_rank
-    tl.store(BC_ptr + row * 2 * dstate + offs_n, projected, mask=mask_l & (offs_n >= 0) & (offs_n < 2 * dstate))
+    mask_n = (offs_n >= 0) & (offs_n < 2 * dstate)
+    tl.store(BC_ptr + row * 2 * dstate + offs_n, w, mask=mask_l & mask_n)
 
 
 def mixer_fwd(
@@ -96,9 +97,12 @@ def mixer_fwd(
     yz = torch.empty(batch, seqlen, 2 * dim, dtype=xz.dtype, device=xz.device)
     dt_low = torch.empty(batch, seqlen, dt_rank, dtype=xz.dtype, device=xz.device)
     BC = torch.empty(batch, seqlen, 2 * dstate, dtype=torch.float32, device=xz.device)
+    block_r = min(max(16, triton.next_power_of_2(dt_rank + 2 * dstate)), MAX_BLOCK_R)
+    blocks_r = triton.cdiv(dt_rank + 2 * dstate, block_r)
+    grid = (triton.cdiv(batch * seqlen, CONFIG["BLOCK_L"]) * blocks_r,)
     if batch:
         with torch.cuda.device_of(xz):
-            _conv_proj_kernel[(triton.cdiv(batch * seqlen, CONFIG["BLOCK_L"]),)](
+            _conv_proj_kernel[grid](
                 xz, xz.stride(0), xz.stride(1),
                 conv_x_weight.contiguous(),
                 conv_z_weight.contiguous(),
@@ -110,12 +114,14 @@ def mixer_fwd(
                 BC,
                 batch, seqlen, dim, dt_rank,
                 dstate, conv_x_weight.shape[-1], conv_z_weight.shape[-1],
-                max(16, triton.next_power_of_2(dt_rank + 2 * dstate)), **CONFIG,
+                block_r, **CONFIG,
             )  # fmt: skip
     with torch.autocast(xz.device.type, enabled=False):
         delta = linear(dt_low, dt_proj_weight.to(xz.dtype))
     x, (B, C) = yz[..., :dim], BC.chunk(2, dim=-1)
-    _, _, states = selective_scan_fwd(x, delta, A, B, C, D, None, delta_bias, None, True, False, save_states, y=x)
+    _, _, states = selective_scan_fwd(
+        x, delta, A, B, C, D, None, delta_bias, None, True, False, save_states, y=x
+    )
     return yz, dt_low, BC, states
 
 
@@ -182,5 +188,14 @@ def mixer(
     Arguments are those of `mambavision.ops.mixer`, which checks them.
     """
     return Mixer.apply(
-        xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias, conv_x_bias, conv_z_bias
+        xz,
+        conv_x_weight,
+        conv_z_weight,
+        x_proj_weight,
+        dt_proj_weight,
+        A,
+        D,
+        delta_bias,
+        conv_x_bias,
+        conv_z_bias,
     )
