@@ -1,0 +1,79 @@
+"""The command line: `mambavision demo`, also as `python -m mambavision demo`.
+
+Exit codes: 0 done, 1 the job failed, 2 a bad argument or something missing, 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from . import __version__
+from .errors import CommandError
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _integer(name: str, least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{name} must be an integer >= {least}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mambavision", description="MambaVision with a fused mixer.")
+    parser.add_argument("--version", action="version", version=f"mambavision-triton {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    demo = commands.add_parser(
+        "demo",
+        help="check the operators on this machine, train on handwritten digits, write a report",
+        description="Checks each fused operator against its reference on this machine, trains a "
+        "small MambaVision on handwritten digits and writes a report to look at.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report")
+    demo.add_argument("--epochs", type=_integer("epochs", 1), default=30)
+    demo.add_argument("--batch-size", type=_integer("batch-size", 2), default=64)
+    demo.add_argument("--seed", type=_integer("seed", 0), default=0)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = _parser().parse_args(arguments)
+    name = f"mambavision {options.command}"
+    try:
+        # Imported here, so that a missing extra of one command does not stop the others.
+        from .demo import demo
+
+        demo(
+            device=options.device,
+            output=options.output,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            command=" ".join(["mambavision", *arguments]),
+        )
+    except CommandError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
