@@ -1,4 +1,4 @@
-"""Triton kernels of the MambaVision mixer. One op, one file, from the equation to the differentiable function."""
+"""Triton kernels of the MambaVision mixer: one op, one file, from equation to autograd."""
 
 from .conv1d_silu import conv1d_silu, conv1d_silu_bwd, conv1d_silu_fwd
 from .mixer import mixer, mixer_bwd, mixer_fwd

@@ -163,7 +163,7 @@ def load_first(ptr, b, like, offs_d, mask_d, dim, dstate: tl.constexpr, BLOCK_N:
 
 @triton.jit
 def load_row(ptr, mask, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
-    """B or C of one step, shared by the channels: scalars, or (1, BLOCK_N) to meet wide registers."""
+    """B or C of one step, shared by the channels: scalars, or (1, BLOCK_N) for wide registers."""
     values = ()
     for r in tl.static_range((dstate + BLOCK_N - 1) // BLOCK_N):
         if BLOCK_N == 1:

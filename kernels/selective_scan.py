@@ -54,7 +54,7 @@ CONFIGS = {
     },
     64: {
         "fwd": {"STEPS": 4, "BLOCK_D": 16, "BLOCK_N": 16},
-        "bwd": {"STEPS": 2, "BLOCK_D": 8, "BLOCK_N": 16},
+        "bwd": {"STEPS": 2, "BLOCK_D": 4, "BLOCK_N": 16},
     },
 }
 # Fusing a * b + c is a quarter of the arithmetic, and Triton releases differ in their default.
