@@ -1,0 +1,469 @@
+"""The operators: checked, differentiable, and the one place where a backend is chosen.
+
+    selective_scan      y_t = <C_t, h_t> + D u_t,  h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t
+    selective_scan_fn   the same, called as mamba-ssm's function of that name
+    conv1d_silu         depthwise 'same' convolution over the sequence, then SiLU
+    mixer               all of a MambaVision mixer that lies between in_proj and out_proj
+
+Two backends hold the same functions: `kernels` (Triton, imported when first used) and
+`mambavision.torch_backend` (plain PyTorch). `backend="auto"` takes Triton for tensors on a GPU
+where it can run, otherwise PyTorch; a backend asked for by name runs or raises RuntimeError.
+
+Eager calls go straight to the backend's autograd function. Whatever traces instead of computing
+(torch.compile, torch.export, fake and meta tensors) goes through the custom operators
+`torch.ops.mambavision.{conv1d_silu,selective_scan,mixer}_{fwd,bwd}`, which call the same forward
+and backward functions.
+
+What holds for each operator: the output has the first argument's dtype, each gradient its
+argument's; softplus, exp, states and sums are float32 (float64 where an argument is), unmoved by
+autocast; any strides are accepted, but a Triton kernel copies what is not contiguous along its last
+axis; inputs are never modified; the same bits in every run; a second derivative raises.
+ValueError for wrong shapes, sizes, devices and names, TypeError for wrong types and dtypes, before
+any work.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from . import torch_backend
+from .checks import check_conv1d_silu, check_mixer, check_selective_scan
+from .torch_backend import work_dtype
+
+__all__ = ["conv1d_silu", "mixer", "selective_scan", "selective_scan_fn"]
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+@torch.compiler.assume_constant_result
+def _triton_missing() -> str | None:
+    """Why no Triton kernel can run in this process, if so."""
+    try:
+        import_module("mambavision.kernels")
+    except ImportError as error:
+        return f"it cannot be imported ({error})"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    return bool(import_module("triton").knobs.runtime.interpret)
+
+
+def _triton_refusal(device: torch.device, dstate: int, *tensors: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot serve this call, if so."""
+    if (missing := _triton_missing()) is not None:
+        return missing
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+        return (
+            f"the tensors are on {device}, not on a GPU "
+            "(on a CPU, kernels are interpreted where TRITON_INTERPRET=1 is set before the import)"
+        )
+    for x in tensors:
+        if x is not None and (x.is_complex() or x.dtype == torch.float64):
+            return f"the kernels compute in float32, got {str(x.dtype).removeprefix('torch.')}"
+    largest = import_module("mambavision.kernels").MAX_DSTATE
+    if dstate > largest:
+        return f"the kernels hold at most {largest} states per channel, got dstate = {dstate}"
+    return None
+
+
+def _choose(op: str, backend: str, dstate: int, *tensors: Tensor | None) -> str:
+    """'triton' or 'torch'."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    first = tensors[0]
+    assert first is not None
+    device = first.device
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return "torch"
+    refusal = _triton_refusal(device, dstate, *tensors)
+    if refusal is None:
+        return "triton"
+    if backend == "auto":
+        return "torch"
+    raise RuntimeError(f"{op}: backend='triton' cannot run: {refusal}")
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module("mambavision.kernels") if backend == "triton" else torch_backend
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether operators are being recorded, or run without values, instead of computed."""
+    return (
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or is_in_torch_dispatch_mode()
+    )
+
+
+def _save_states(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow. An exported graph computes no states for one."""
+    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+        return False
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
+# The operators as the compiler sees them: opaque, with the shapes of what they return. Each output
+# is contiguous, and what would be None is left out of the list of gradients.
+
+
+def _op(name: str) -> Callable[..., Any]:
+    return torch.library.custom_op(f"mambavision::{name}", mutates_args=())
+
+
+def _given(results: tuple[Tensor | None, ...]) -> list[Tensor]:
+    return [x.contiguous() for x in results if x is not None]
+
+
+def _back(grads: list[Tensor], arguments: Sequence[Any]) -> list[Tensor | None]:
+    """The gradients under the arguments they belong to."""
+    rest = iter(grads)
+    return [next(rest) if isinstance(x, Tensor) else None for x in arguments]
+
+
+def _like(*arguments: Tensor | None) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in arguments if x is not None]
+
+
+def _state_dtype(A: Tensor, *tensors: Tensor | None) -> torch.dtype:
+    dtype = work_dtype(A, *tensors)
+    return dtype.to_complex() if A.is_complex() else dtype
+
+
+@_op("conv1d_silu_fwd")
+def _conv1d_silu_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool, backend: str
+) -> Tensor:
+    return _module(backend).conv1d_silu_fwd(x, weight, bias, activation)
+
+
+@_conv1d_silu_fwd.register_fake
+def _(x, weight, bias, activation, backend):
+    return x.new_empty(x.shape)
+
+
+@_op("conv1d_silu_bwd")
+def _conv1d_silu_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool, backend: str
+) -> list[Tensor]:
+    return _given(_module(backend).conv1d_silu_bwd(dy, x, weight, bias, activation))
+
+
+@_conv1d_silu_bwd.register_fake
+def _(dy, x, weight, bias, activation, backend):
+    return _like(x, weight, bias)
+
+
+def _conv1d_silu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _conv1d_silu_autograd(ctx, dy):
+    inputs = ctx.saved_tensors
+    return *_back(_conv1d_silu_bwd(dy, *inputs, *ctx.options), inputs), None, None
+
+
+_conv1d_silu_fwd.register_autograd(_conv1d_silu_autograd, setup_context=_conv1d_silu_setup)
+
+
+@_op("selective_scan_fwd")
+def _selective_scan_fwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, initial_state: Tensor | None, delta_softplus: bool, reverse: bool,
+    save_states: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _module(backend).selective_scan_fwd(
+        u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, save_states
+    )
+
+
+@_selective_scan_fwd.register_fake
+def _(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, save_states,
+    backend,
+):  # fmt: skip
+    (batch, seqlen, dim), dstate = u.shape, A.shape[1]
+    dtype = _state_dtype(A, u, delta, B, C, D, z, delta_bias, initial_state)
+    shape = _module(backend).states_shape(batch, seqlen, dim, dstate) if save_states else (0,)
+    last_state = u.new_empty(batch, dim, dstate, dtype=dtype)
+    return u.new_empty(u.shape), last_state, u.new_empty(shape, dtype=dtype)
+
+
+@_op("selective_scan_bwd")
+def _selective_scan_bwd(
+    dy: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
+    initial_state: Tensor | None, states: Tensor, delta_softplus: bool, reverse: bool, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    module = _module(backend)
+    if not states.numel():
+        states = module.selective_scan_fwd(*inputs, delta_softplus, reverse, True)[2]
+    return _given(
+        module.selective_scan_bwd(dy, dlast_state, *inputs, states, delta_softplus, reverse)
+    )
+
+
+@_selective_scan_bwd.register_fake
+def _(
+    dy, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, states, delta_softplus,
+    reverse, backend,
+):  # fmt: skip
+    return _like(u, delta, A, B, C, D, z, delta_bias, initial_state)
+
+
+def _selective_scan_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:9], output[2])
+    ctx.options = (*inputs[9:11], inputs[12])
+    ctx.set_materialize_grads(False)
+
+
+def _selective_scan_autograd(ctx, dy, dlast_state, _):
+    *inputs, states = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(inputs[0])
+    grads = _selective_scan_bwd(dy, dlast_state, *inputs, states, *ctx.options)
+    return *_back(grads, inputs), None, None, None, None
+
+
+_selective_scan_fwd.register_autograd(_selective_scan_autograd, setup_context=_selective_scan_setup)
+
+
+@_op("mixer_fwd")
+def _mixer_fwd(
+    xz: Tensor, conv_x_weight: Tensor, conv_z_weight: Tensor, x_proj_weight: Tensor,
+    dt_proj_weight: Tensor, A: Tensor, D: Tensor, delta_bias: Tensor, conv_x_bias: Tensor | None,
+    conv_z_bias: Tensor | None, save_states: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _module(backend).mixer_fwd(
+        xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias,
+        conv_x_bias, conv_z_bias, save_states,
+    )  # fmt: skip
+
+
+@_mixer_fwd.register_fake
+def _(
+    xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias,
+    conv_x_bias, conv_z_bias, save_states, backend,
+):  # fmt: skip
+    (batch, seqlen, _), (dim, dt_rank), dstate = xz.shape, dt_proj_weight.shape, A.shape[1]
+    shape = _module(backend).states_shape(batch, seqlen, dim, dstate) if save_states else (0,)
+    dtype = work_dtype(xz)
+    BC = xz.new_empty(batch, seqlen, 2 * dstate, dtype=dtype)
+    dt_low = xz.new_empty(batch, seqlen, dt_rank)
+    return xz.new_empty(xz.shape), dt_low, BC, xz.new_empty(shape, dtype=dtype)
+
+
+@_op("mixer_bwd")
+def _mixer_bwd(
+    dyz: Tensor, xz: Tensor, conv_x_weight: Tensor, conv_z_weight: Tensor, x_proj_weight: Tensor,
+    dt_proj_weight: Tensor, A: Tensor, D: Tensor, delta_bias: Tensor, conv_x_bias: Tensor | None,
+    conv_z_bias: Tensor | None, dt_low: Tensor, BC: Tensor, states: Tensor, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    inputs = (
+        xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias,
+        conv_x_bias, conv_z_bias,
+    )  # fmt: skip
+    module = _module(backend)
+    if not states.numel():
+        states = module.mixer_fwd(*inputs, True)[3]
+    return _given(module.mixer_bwd(dyz, *inputs, dt_low, BC, states))
+
+
+@_mixer_bwd.register_fake
+def _(
+    dyz, xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias,
+    conv_x_bias, conv_z_bias, dt_low, BC, states, backend,
+):  # fmt: skip
+    return _like(
+        xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias,
+        conv_x_bias, conv_z_bias,
+    )  # fmt: skip
+
+
+def _mixer_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:10], *output[1:])
+    ctx.backend = inputs[11]
+    ctx.set_materialize_grads(False)
+
+
+def _mixer_autograd(ctx, dyz, *_):
+    if dyz is None:
+        return (None,) * 12
+    grads = _mixer_bwd(dyz, *ctx.saved_tensors, ctx.backend)
+    return *_back(grads, ctx.saved_tensors[:10]), None, None
+
+
+_mixer_fwd.register_autograd(_mixer_autograd, setup_context=_mixer_setup)
+
+
+# The public operators
+
+
+def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reverse, backend):
+    """(y, last_state) of checked arguments."""
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if _traced(u):
+        save_states = _save_states(*inputs)
+        return _selective_scan_fwd(*inputs, delta_softplus, reverse, save_states, backend)[:2]
+    return _module(backend).selective_scan(
+        u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus,
+        initial_state=initial_state, return_last_state=True, reverse=reverse,
+    )  # fmt: skip
+
+
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *,
+    z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+    initial_state: Tensor | None = None, return_last_state: bool | None = False,
+    reverse: bool = False, backend: str = "auto",
+) -> Any:  # fmt: skip
+    """The selective scan, channel-last: y, or (y, last_state) with `return_last_state`.
+
+        dt_t = softplus(delta_t + delta_bias)           (or without softplus)
+        h_t  = exp(dt_t A) h_{t-1} + dt_t B_t u_t       h_{-1} = initial_state or 0
+        y_t  = <C_t, h_t> + D u_t                       (times silu(z_t) where z is given)
+
+    u, delta, z, y are (batch, seqlen, dim); A is (dim, dstate); B and C are (batch, seqlen,
+    dstate), (batch, seqlen, groups, dstate), where channel i uses group i // (dim // groups), or
+    constant, (dim, dstate); D and delta_bias are (dim,); states are (batch, dim, dstate).
+    `reverse` scans from the end: initial_state enters at the last position, and last_state is the
+    state after position 0.
+
+    Any float dtypes, mixed as they come. y has u's dtype; last_state is float32, or float64 where
+    an argument is. A complex A takes complex B and C, y = 2 Re <C, h> without conjugation, and has
+    a complex last_state. Triton serves real float32, float16, bfloat16 and dstate up to 64.
+    Gradients reach every tensor argument, initial_state included, also through last_state.
+
+    Raises ValueError for shapes, sizes, devices and an unknown backend, TypeError for types and
+    dtypes, RuntimeError where backend="triton" cannot run.
+
+    Source: Gu and Dao, arXiv 2312.00752.
+
+    >>> u, delta = torch.randn(2, 196, 160), torch.randn(2, 196, 160)
+    >>> A, B, C = -torch.rand(160, 8), torch.randn(2, 196, 8), torch.randn(2, 196, 8)
+    >>> selective_scan(u, delta, A, B, C, delta_softplus=True).shape
+    torch.Size([2, 196, 160])
+    """
+    check_selective_scan(
+        "selective_scan", False, u, delta, A, B, C, D, z, delta_bias, initial_state,
+        delta_softplus=delta_softplus, return_last_state=return_last_state, reverse=reverse,
+    )  # fmt: skip
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    backend = _choose("selective_scan", backend, A.shape[1], *tensors)
+    y, last_state = _scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reverse, backend
+    )
+    return (y, last_state) if return_last_state else y
+
+
+def selective_scan_fn(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+    return_last_state: bool | None = False,
+) -> Any:  # fmt: skip
+    """`selective_scan` as mamba-ssm's function of this name is called: time on the last axis.
+
+    u, delta, z, y are (batch, dim, seqlen); B and C are (batch, dstate, seqlen), (batch, groups,
+    dstate, seqlen) or constant, (dim, dstate); A, D, delta_bias, last_state (batch, dim, dstate)
+    and everything else as in `selective_scan`. With a complex A, B and C over time are real with a
+    last axis of 2 * seqlen, real and imaginary parts interleaved; constant ones are complex.
+
+    The layout costs copies: the scan itself is channel-last, and y is a transposed view.
+
+    Source: Gu and Dao, arXiv 2312.00752; the interface: github.com/state-spaces/mamba.
+
+    >>> u, delta = torch.randn(2, 160, 196), torch.rand(2, 160, 196)
+    >>> A, B, C = -torch.rand(160, 8), torch.randn(2, 8, 196), torch.randn(2, 8, 196)
+    >>> selective_scan_fn(u, delta, A, B, C, return_last_state=True)[1].shape
+    torch.Size([2, 160, 8])
+    """
+    op = "selective_scan_fn"
+    check_selective_scan(
+        op, True, u, delta, A, B, C, D, z, delta_bias, None,
+        delta_softplus=delta_softplus, return_last_state=return_last_state,
+    )  # fmt: skip
+
+    def channel_last(x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            return x
+        if A.is_complex() and x is not u and x is not delta and x is not z:
+            dtype = work_dtype(x)
+            x = torch.complex(x[..., 0::2].to(dtype), x[..., 1::2].to(dtype))
+        return x.transpose(1, 2) if x.dim() == 3 else x.permute(0, 3, 1, 2)
+
+    backend = _choose(op, "auto", A.shape[1], u, delta, A, B, C, D, z, delta_bias)
+    y, last_state = _scan(
+        channel_last(u), channel_last(delta), A, channel_last(B), channel_last(C), D,
+        None if z is None else channel_last(z), delta_bias, delta_softplus, None, False, backend,
+    )  # fmt: skip
+    y = y.transpose(1, 2)
+    return (y, last_state) if return_last_state else y
+
+
+def conv1d_silu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    activation: bool = True, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Depthwise convolution over the sequence with 'same' padding, then SiLU.
+
+        y_t = silu(bias + sum_k weight_k x_{t + k - left})      left = (width - 1) // 2
+
+    x, y are (batch, seqlen, dim), and x is 0 outside the sequence; weight is (dim, width) or
+    (dim, 1, width), of any width; bias is (dim,). `activation=False` leaves SiLU out.
+
+    Any float dtypes; y has x's. Triton serves float32, float16 and bfloat16. Raises as
+    `selective_scan` does. Source: the convolution of the mixer, arXiv 2407.08083, section 3.
+
+    >>> conv1d_silu(torch.randn(2, 196, 160), torch.randn(160, 3)).shape
+    torch.Size([2, 196, 160])
+    """
+    check_conv1d_silu(x, weight, bias, activation)
+    backend = _choose("conv1d_silu", backend, 1, x, weight, bias)
+    if _traced(x):
+        return _conv1d_silu_fwd(x, weight, bias, activation, backend)
+    return _module(backend).conv1d_silu(x, weight, bias, activation=activation)
+
+
+def mixer(
+    xz: Tensor, conv_x_weight: Tensor, conv_z_weight: Tensor, x_proj_weight: Tensor,
+    dt_proj_weight: Tensor, A: Tensor, D: Tensor, delta_bias: Tensor, *,
+    conv_x_bias: Tensor | None = None, conv_z_bias: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Everything in a MambaVision mixer between in_proj and out_proj.
+
+        x, z  = halves of xz, each through its conv1d_silu
+        dt_low, B, C = split(x x_proj_weight^T, [dt_rank, dstate, dstate])
+        yz    = [selective_scan(x, dt_low dt_proj_weight^T, A, B, C, D, delta_bias, softplus), z]
+
+    xz, yz are (batch, seqlen, 2 dim); the convolutions' weights (dim, width) or (dim, 1, width) and
+    biases (dim,); x_proj_weight (dt_rank + 2 dstate, dim); dt_proj_weight (dim, dt_rank);
+    A (dim, dstate), negative; D (dim,); delta_bias (dim,) is all that is added inside the softplus.
+
+    Any float dtypes; yz has xz's. Kept for the backward pass are xz, dt_low, B, C and a few states.
+    Triton serves float32, float16, bfloat16 and dstate up to 64. Raises as `selective_scan` does.
+    Source: Hatamizadeh and Kautz, arXiv 2407.08083, section 3.
+
+    >>> w, p, q = torch.randn(160, 3), torch.randn(36, 160), torch.randn(160, 20)
+    >>> A, D, bias = -torch.rand(160, 8), torch.ones(160), torch.zeros(160)
+    >>> mixer(torch.randn(2, 196, 320), w, w, p, q, A, D, bias).shape
+    torch.Size([2, 196, 320])
+    """
+    inputs = (
+        xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias,
+        conv_x_bias, conv_z_bias,
+    )  # fmt: skip
+    check_mixer(*inputs)
+    backend = _choose("mixer", backend, A.shape[1], *inputs)
+    if _traced(xz):
+        return _mixer_fwd(*inputs, _save_states(*inputs), backend)[0]
+    return _module(backend).mixer(*inputs[:8], conv_x_bias=conv_x_bias, conv_z_bias=conv_z_bias)
