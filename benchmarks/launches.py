@@ -143,11 +143,14 @@ def call_selective_scan(case: Case) -> None:
     A = case.tensor(case.dim, case.dstate, dtype="float32")
     B, C = case.sequence(case.dstate), case.sequence(case.dstate)
     D, bias = (case.tensor(case.dim, dtype="float32") for _ in range(2))
-    z = case.sequence() if "z" in case.mode.split() else None
-    inputs = (u, delta, A, B, C, D, z, bias, None)
-    op.selective_scan_fwd(*inputs, True, False, False)
-    y, _, states = op.selective_scan_fwd(*inputs, True, False, True)
-    op.selective_scan_bwd(torch.empty_like(y), None, *inputs, states, True, False)
+    modes = case.mode.split()
+    z = case.sequence() if "z" in modes else None
+    initial = case.tensor(case.batch, case.dim, case.dstate, dtype="float32")
+    inputs = (u, delta, A, B, C, D, z, bias, initial if "initial" in modes else None)
+    reverse = "reverse" in modes
+    op.selective_scan_fwd(*inputs, True, reverse, False)
+    y, _, states = op.selective_scan_fwd(*inputs, True, reverse, True)
+    op.selective_scan_bwd(torch.empty_like(y), None, *inputs, states, True, reverse)
 
 
 def call_conv1d_silu(case: Case) -> None:
@@ -192,7 +195,11 @@ def shipped_cases() -> list[Case]:
                 Case("conv1d_silu", call_conv1d_silu, **shape),
                 Case("mixer", call_mixer, **shape),
             ]
-        cases.append(Case("selective_scan", call_selective_scan, mode="z", dtype=dtype))
+        # The gate alone, all that one call can carry, and a length that leaves a rest of a chunk.
+        cases += [
+            Case("selective_scan", call_selective_scan, mode=mode, seqlen=seqlen, dtype=dtype)
+            for mode, seqlen in (("z", 196), ("z initial reverse", 196), ("", 50))
+        ]
         cases += [
             Case("selective_scan", call_selective_scan, dstate=n, dtype=dtype) for n in (16, 64)
         ]

@@ -51,7 +51,7 @@ from machine_code import (  # noqa: E402
     unroll_factor,
 )
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.compiler import ASTSource, CompilationError  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 
@@ -95,6 +95,10 @@ class StaticResult:
     asm: dict = field(default_factory=dict, repr=False)  # ttir, ttgir, ptx, sass | amdgcn
 
 
+class CompileFailure(RuntimeError):
+    """A shipped kernel that Triton refuses; the interpreter accepts more than the compiler does."""
+
+
 def resolve(function: str) -> JITFunction:
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)
@@ -112,7 +116,16 @@ def compile_variant(launch: Launch, target: str) -> StaticResult:
     )
     machine = MACHINES[target]
     start = time.perf_counter()
-    kernel = triton.compile(source, target=machine.gpu, options=launch.options)
+    try:
+        kernel = triton.compile(source, target=machine.gpu, options=launch.options)
+    except CompilationError as error:
+        # Outermost first: the line of the kernel, of the helper it calls, ..., the reason.
+        chain: list[BaseException] = [error]
+        while chain[-1].__cause__ is not None:
+            chain.append(chain[-1].__cause__)
+        reasons = "\n".join(str(link) for link in chain)
+        what = f"{launch.function} does not compile for {target} with {launch.constants}"
+        raise CompileFailure(f"{what}:\n{reasons}") from None
     seconds = time.perf_counter() - start
     texts = {
         k: v
@@ -249,7 +262,11 @@ def compile_all(rows: list[Variant], jobs: int = 2, progress: bool = False) -> l
             pool.submit(compile_variant, row.launch, row.target): key for key, row in first.items()
         }
         for future in _progress(as_completed(futures), len(futures), progress):
-            results[futures[future]] = future.result()
+            try:
+                results[futures[future]] = future.result()
+            except CompileFailure:
+                pool.shutdown(cancel_futures=True)
+                raise
     return [row.row(results[key]) for key, row in zip(keys, rows, strict=True)]
 
 
@@ -263,6 +280,7 @@ def _progress(iterable, total: int, shown: bool):
 
 COLUMNS = [
     "dtype",
+    "seqlen",
     "dim",
     "dstate",
     "BLOCK_D",
@@ -356,7 +374,11 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if not rows:
         parser().error("no kernel matches")
-    compiled = compile_all(rows, args.jobs, progress=sys.stderr.isatty())
+    try:
+        compiled = compile_all(rows, args.jobs, progress=sys.stderr.isatty())
+    except CompileFailure as failure:
+        print(failure, file=sys.stderr)
+        return 1
     print(
         f"Triton {triton.__version__}, {len(compiled)} rows, issue slots per (batch, step, channel)"
     )

@@ -68,6 +68,14 @@ def narrow_probe(x_ptr, stride, BLOCK_D: tl.constexpr):
     )
 
 
+@triton.jit
+def refused_probe(x_ptr):
+    """The interpreter accepts this and the compiler does not."""
+    for k in tl.static_range(2):
+        shift: tl.constexpr = k
+        tl.store(x_ptr + shift, 0.0)
+
+
 def main():
     import static_report as report
 
@@ -79,6 +87,8 @@ def main():
         scan_probe[(3,)](x, x, 7, STATES=16, STEPS=1, BLOCK_D=1024, LANE_SUM=False, **options)
         nested_probe[(1,)](x, wide, 5, 7, STEPS=1, BLOCK_D=32, **options)
         narrow_probe[lambda meta: (meta["BLOCK_D"], 2)](x[:, 1:], 320, BLOCK_D=32, **options)
+        refused_probe[(1,)](x, **options)
+    *launches, refused = launches
     names = ("scan", "lane_sum", "spill", "nested", "narrow")
     results = {}
     for name, launch in zip(names, launches, strict=True):
@@ -89,6 +99,10 @@ def main():
                 "launch": asdict(launch),
                 "narrow_offsets": report.narrow_offsets(result.asm["ttir"], launch.block_sizes),
             }
+    try:
+        report.compile_variant(refused, "sm_90")
+    except report.CompileFailure as failure:
+        results["refused"] = str(failure)
     print(json.dumps(results))
 
 
