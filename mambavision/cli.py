@@ -20,14 +20,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _integer(name: str, least: int) -> Callable[[str], int]:
+def _integer(name: str, least: int, most: int | None = None) -> Callable[[str], int]:
+    expected = f">= {least}" if most is None else f"from {least} to {most}"
+
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{name} must be an integer >= {least}, got {text!r}")
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{name} must be an integer {expected}, got {text!r}")
         return value
 
     return parse
@@ -49,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report")
     demo.add_argument("--epochs", type=_integer("epochs", 1), default=30)
     demo.add_argument("--batch-size", type=_integer("batch-size", 2), default=64)
-    demo.add_argument("--seed", type=_integer("seed", 0), default=0)
+    demo.add_argument("--seed", type=_integer("seed", 0, 2**32 - 1), default=0)
     return parser
 
 
@@ -74,6 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: error: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted, nothing was written", file=sys.stderr)
+        print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
     return 0

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def predict(model: MambaVision, images: Tensor) -> Tensor:
 
 
 def batch_sizes(count: int, batch_size: int) -> list[int]:
-    """`count` images in batches. The last holds the rest, but never one image: batch norm needs two."""
+    """`count` images in batches; the last takes the rest. Batch norm forbids a batch of one."""
     full, rest = divmod(count, batch_size)
     sizes = [batch_size] * full
     if rest > 1 or not full:
@@ -189,9 +190,7 @@ def facts(device: torch.device, seed: int, command: str) -> dict[str, str]:
     """What another person needs to get the same numbers."""
     versions = {"mambavision-triton": __version__, "torch": torch.__version__}
     if find_spec("triton"):
-        import triton
-
-        versions["triton"] = triton.__version__
+        versions["triton"] = metadata.version("triton")
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         machine = f"{torch.cuda.get_device_name(device)}; host {machine}"

@@ -11,7 +11,7 @@ loop over time with a backward by hand), and eager PyTorch, the operator as one 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -175,17 +175,21 @@ def _synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median of at least three runs and about half a second, after one that does not count."""
-    run()
-    _synchronize(device)
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < 0.5 and len(times) < 30):
-        start = time.perf_counter()
-        run()
-        _synchronize(device)
-        times.append(time.perf_counter() - start)
-    return median(times)
+def _seconds(ways: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Medians. They take turns, so that a busy moment meets all; the first turn is not timed."""
+    times: list[list[float]] = [[] for _ in ways]
+    begun = time.perf_counter()
+    for turn in range(21):
+        for run, kept in zip(ways, times, strict=True):
+            _synchronize(device)
+            start = time.perf_counter()
+            run()
+            _synchronize(device)
+            if turn:
+                kept.append(time.perf_counter() - start)
+        if turn >= 3 and time.perf_counter() - begun > 2:
+            break
+    return [median(kept) for kept in times]
 
 
 def _check(op: str, arguments: Arguments, flags: dict, dy: Tensor, shape: str) -> OpCheck:
@@ -204,6 +208,14 @@ def _check(op: str, arguments: Arguments, flags: dict, dy: Tensor, shape: str) -
     limits = {name: 2 * _error(plain[name], truth[name]) + roundings for name in truth}
     # A NaN, which compares with nothing, comes first.
     worst = max(errors, key=lambda n: (isnan(errors[n]), errors[n] / limits[n]))
+    seconds, seconds_reference, seconds_eager = _seconds(
+        [
+            lambda: _run_autograd(function, arguments, flags, dy),
+            lambda: _run_reference(op, arguments, flags, dy),
+            lambda: _run_autograd(EAGER[op], arguments, {}, dy),
+        ],
+        device,
+    )
     return OpCheck(
         op=op,
         backend=backend,
@@ -212,9 +224,9 @@ def _check(op: str, arguments: Arguments, flags: dict, dy: Tensor, shape: str) -
         tensor=worst,
         error=errors[worst],
         allowed=limits[worst],
-        seconds=_seconds(lambda: _run_autograd(function, arguments, flags, dy), device),
-        seconds_reference=_seconds(lambda: _run_reference(op, arguments, flags, dy), device),
-        seconds_eager=_seconds(lambda: _run_autograd(EAGER[op], arguments, {}, dy), device),
+        seconds=seconds,
+        seconds_reference=seconds_reference,
+        seconds_eager=seconds_eager,
     )
 
 
