@@ -1,12 +1,13 @@
 """MambaVision: the vision backbones with a fused mixer.
 
-The operators live in `mambavision.ops`. Importing needs no Triton and touches no GPU.
+The operators live in `mambavision.ops`. Importing needs no Triton and touches no GPU. The names
+below are imported when first used: torch takes seconds, and `mambavision --help` needs none of it.
 """
 
 import warnings
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,17 @@ else:
         stacklevel=2,
     )
 
+if TYPE_CHECKING:
+    from .mixer import MambaVisionMixer as MambaVisionMixer
+    from .model import MambaVision as MambaVision
+    from .ops import conv1d_silu as conv1d_silu
+    from .ops import selective_scan as selective_scan
+    from .ops import selective_scan_fn as selective_scan_fn
+    from .variants import create_model as create_model
+    from .variants import list_models as list_models
+    from .weights import load_checkpoint as load_checkpoint
+    from .weights import save_checkpoint as save_checkpoint
+
 _HOME = {
     "MambaVision": "model",
     "MambaVisionMixer": "mixer",
@@ -46,3 +58,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"mambavision.{_HOME[name]}"), name)
     raise AttributeError(f"module 'mambavision' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

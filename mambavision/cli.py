@@ -47,11 +47,24 @@ def _parser() -> argparse.ArgumentParser:
         "small MambaVision on handwritten digits and writes a report to look at.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report")
-    demo.add_argument("--epochs", type=_integer("epochs", 1), default=30)
-    demo.add_argument("--batch-size", type=_integer("batch-size", 2), default=64)
-    demo.add_argument("--seed", type=_integer("seed", 0, 2**32 - 1), default=0)
+    demo.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run"
+    )
+    demo.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of the report"
+    )
+    demo.add_argument(
+        "--epochs", type=_integer("epochs", 1), default=30, metavar="N",
+        help="passes over the training images",
+    )  # fmt: skip
+    demo.add_argument(
+        "--batch-size", type=_integer("batch-size", 2), default=64, metavar="N",
+        help="images per step",
+    )  # fmt: skip
+    demo.add_argument(
+        "--seed", type=_integer("seed", 0, 2**32 - 1), default=0, metavar="N",
+        help="of the split, the weights and the augmentation",
+    )  # fmt: skip
     return parser
 
 

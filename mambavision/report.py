@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -28,7 +29,7 @@ __all__ = ["DemoResult", "Epoch", "render", "write_files"]
 
 INK, MUTED, HAIRLINE, PAPER = "#1d2b36", "#6a7883", "#e3e8ec", "#ffffff"
 TEAL, CORAL, SAND = "#0e7c86", "#d8573c", "#c9d3d9"
-STYLE = {
+STYLE: Any = {
     "axes.edgecolor": HAIRLINE,
     "axes.grid": True,
     "axes.grid.axis": "y",

@@ -137,7 +137,7 @@ def _arguments(batch: int, seqlen: int, dim: int, dstate: int, dt_rank: int, wid
 # Kept in float32 whatever the activations are.
 FLOAT32 = ("A", "D", "delta_bias")
 
-EAGER = {
+EAGER: dict[str, Callable[..., Tensor]] = {
     "conv1d_silu": eager_conv1d_silu,
     "selective_scan": eager_selective_scan,
     "mixer": eager_mixer,
@@ -198,9 +198,9 @@ def _check(op: str, arguments: Arguments, flags: dict, dy: Tensor, shape: str) -
     backend = "triton" if device.type == "cuda" and find_spec("triton") else "torch"
     function = partial(getattr(ops, op), backend=backend)
     # The truth starts from the same rounded numbers. MPS has no float64.
-    exact = {"device": "cpu" if device.type == "mps" else device, "dtype": torch.float64}
-    exact_arguments = {name: value.to(**exact) for name, value in arguments.items()}
-    truth = _run_reference(op, exact_arguments, flags, dy.to(**exact))
+    exact = torch.device("cpu") if device.type == "mps" else device
+    doubled = {name: value.to(exact, torch.float64) for name, value in arguments.items()}
+    truth = _run_reference(op, doubled, flags, dy.to(exact, torch.float64))
     plain = _run_reference(op, arguments, flags, dy)
     fused = _run_autograd(function, arguments, flags, dy)
     errors = {name: _error(fused[name], truth[name]) for name in truth}
