@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "mambavision.torch_backend": {"torch"},
     "mambavision.checks": {"torch"},
     "mambavision.ops": {
-        "torch", "mambavision.checks", "mambavision.kernels", "mambavision.torch_backend",
+        "torch", "triton", "mambavision.checks", "mambavision.kernels", "mambavision.torch_backend",
     },
     "mambavision.mixer": {"torch", "einops", "mambavision.ops"},
     "mambavision.blocks": {"torch", "einops", "mambavision.mixer"},
@@ -38,10 +38,17 @@ def module_name(path: Path) -> str:
     return ".".join(p for p in (("mambavision", *parts) if parts[0] != "mambavision" else parts))
 
 
-def imported(tree: ast.Module, module: str) -> set[str]:
-    """Absolute names of all imports, those inside functions and `import_module("...")` included."""
+def outside_functions(node: ast.AST):
+    yield node
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        for child in ast.iter_child_nodes(node):
+            yield from outside_functions(child)
+
+
+def imported(tree: ast.Module, module: str, nodes=ast.walk) -> set[str]:
+    """Absolute names of all imports, `import_module("...")` included; `nodes` says where to look."""
     names = set()
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -81,6 +88,14 @@ def test_imports_point_down(path):
         if module not in MAY_USE_REFERENCE:
             strangers |= {n for n in names if below(n, ["mambavision.reference"])}
     assert not strangers, f"{module} must not import {sorted(strangers)}"
+
+
+@pytest.mark.parametrize("path", sources("mambavision"), ids=module_name)
+def test_triton_is_imported_only_when_used(path):
+    names = imported(
+        ast.parse(path.read_text(encoding="utf-8")), module_name(path), outside_functions
+    )
+    assert not {n for n in names if below(n, ["triton", "mambavision.kernels"])}
 
 
 @pytest.mark.parametrize("path", sources("kernels", "reference"), ids=module_name)

@@ -115,10 +115,11 @@ print(find_spec("mambavision.kernels").origin, find_spec("mambavision.reference"
 
 
 def test_warns_of_the_other_distribution(tmp_path):
-    other = tmp_path / "mambavision-1.2.0.dist-info"
-    other.mkdir()
+    site = tmp_path / "site"
+    other = site / "mambavision-1.2.0.dist-info"
+    other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: mambavision\nVersion: 1.2.0\n")
-    message = python("import mambavision, mambavision.ops", tmp_path, ROOT, tmp_path)
+    message = python("import mambavision, mambavision.ops", tmp_path, ROOT, site)
     assert message.count("'mambavision' 1.2.0 is installed too") == 1
     assert "pip uninstall mambavision" in message
     assert "UserWarning" not in python("import mambavision", tmp_path, ROOT)
