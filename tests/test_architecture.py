@@ -46,7 +46,7 @@ def outside_functions(node: ast.AST):
 
 
 def imported(tree: ast.Module, module: str, nodes=ast.walk) -> set[str]:
-    """Absolute names of all imports, `import_module("...")` included; `nodes` says where to look."""
+    """Absolute names of all imports and `import_module("...")` among the `nodes` of the tree."""
     names = set()
     for node in nodes(tree):
         if isinstance(node, ast.Import):
