@@ -8,6 +8,9 @@ A state register holds one state of each channel, (BLOCK_D,), or with BLOCK_N > 
 side over lanes, (BLOCK_D, BLOCK_N). The dstate states of a channel are a tuple of such registers.
 """
 
+from functools import wraps
+
+import torch
 import triton
 import triton.language as tl
 
@@ -261,3 +264,16 @@ def channel_last(x):
     """x (batch, seqlen, dim) as the kernels read it: adjacent channels, rows at one distance inside
     a batch entry. Any other layout costs a contiguous copy."""
     return x if x.stride(2) == 1 and x.stride(0) >= x.stride(1) else x.contiguous()
+
+
+def first_derivative_only(backward):
+    """Makes a backward pass raise under create_graph. torch's once_differentiable lets it through
+    where the output's gradient is a constant, and then drops the second derivative silently."""
+
+    @wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError("a second derivative (create_graph=True) is not implemented")
+        return backward(ctx, *grads)
+
+    return checked

@@ -23,7 +23,6 @@ Source: the convolution of the MambaVision mixer, arXiv 2407.08083, section 3.
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from . import _device as dev
 
@@ -181,7 +180,7 @@ class Conv1dSilu(torch.autograd.Function):
         return conv1d_silu_fwd(x, weight, bias, activation)
 
     @staticmethod
-    @once_differentiable
+    @dev.first_derivative_only
     def backward(ctx, dy):
         return *conv1d_silu_bwd(dy, *ctx.saved_tensors, ctx.activation), None
 

@@ -26,7 +26,6 @@ Source: arXiv 2407.08083, section 3. `delta_bias` is all that is added inside th
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from . import _device as dev
@@ -178,7 +177,7 @@ class Mixer(torch.autograd.Function):
         return yz
 
     @staticmethod
-    @once_differentiable
+    @dev.first_derivative_only
     def backward(ctx, dyz):
         return mixer_bwd(dyz, *ctx.saved_tensors)
 

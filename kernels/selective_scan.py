@@ -33,7 +33,6 @@ Source: Gu and Dao, arXiv 2312.00752, section 3; the gradients follow from the e
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from . import _device as dev
 from ._device import LOG2E
@@ -464,7 +463,7 @@ class SelectiveScan(torch.autograd.Function):
         return y, last_state
 
     @staticmethod
-    @once_differentiable
+    @dev.first_derivative_only
     def backward(ctx, dy, dlast_state):
         u = ctx.saved_tensors[0]
         dy = torch.zeros_like(u) if dy is None else dy

@@ -1,0 +1,58 @@
+"""kernels/conv1d_silu.py against the reference: values and every gradient, by name."""
+
+import pytest
+import torch
+from cases import BRAIN, CONVS, HALF, ConvCase, assert_close, conv_inputs, ids, oracle, results
+
+kernels = pytest.importorskip("mambavision.kernels", reason="needs Triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check(case, dtype=torch.float32):
+    tensors = conv_inputs(case, dtype, DEVICE)
+    grad = torch.randn(case.batch, case.seqlen, case.dim).to(tensors["x"])
+    flags = {"activation": case.activation}
+    found = results(kernels.conv1d_silu, tensors, grad, **flags)
+    own = oracle("conv1d_silu", tensors, grad, **flags)
+    exact = oracle("conv1d_silu", tensors, grad, double=True, **flags)
+    assert_close(found, own, exact)
+
+
+@pytest.mark.parametrize("case", CONVS, ids=ids(CONVS))
+@pytest.mark.parametrize("dtype", (torch.float32, HALF, BRAIN), ids=("single", "half", "brain"))
+def test_against_the_reference(case, dtype):
+    check(case, dtype)
+
+
+def test_weight_may_be_that_of_a_conv1d():
+    tensors = conv_inputs(ConvCase(""), device=DEVICE)
+    y = kernels.conv1d_silu(tensors["x"], tensors["weight"], tensors["bias"])
+    weight = tensors["weight"][:, None].requires_grad_()
+    torch.testing.assert_close(kernels.conv1d_silu(tensors["x"], weight, tensors["bias"]), y)
+    kernels.conv1d_silu(tensors["x"], weight, tensors["bias"]).sum().backward()
+    assert weight.grad.shape == weight.shape
+
+
+def test_float16_at_its_limits():
+    x = torch.tensor([65504.0, -65504.0, 0.0, 65504.0], device=DEVICE, dtype=HALF)
+    x = x[None, :, None].expand(1, 4, 3).contiguous()
+    weight = torch.tensor([[0.0, 1.0, 0.0]], device=DEVICE).expand(3, 3).contiguous()
+    y = kernels.conv1d_silu(x, weight)
+    torch.testing.assert_close(y, torch.where(x > 0, x, 0.0).to(HALF), rtol=0, atol=0)
+
+
+def test_double_backward_raises():
+    tensors = conv_inputs(ConvCase(""), device=DEVICE)
+    x = tensors["x"].requires_grad_()
+    y = kernels.conv1d_silu(x, tensors["weight"])
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements():
+    x = torch.randn(1030, 1024, 2048, device=DEVICE, dtype=HALF)
+    weight = torch.randn(2048, 3, device=DEVICE)
+    y = kernels.conv1d_silu(x, weight)
+    torch.testing.assert_close(y[-1:], kernels.conv1d_silu(x[-1:], weight), rtol=0, atol=0)
