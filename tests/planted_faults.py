@@ -1,0 +1,199 @@
+"""Proof that the kernels' tests can fail: one fault at a time goes into a copy of the kernels, and
+the test named for it must go red and name the tensor that is wrong.
+
+    python tests/planted_faults.py            every fault
+    python tests/planted_faults.py halo       those with "halo" in the name
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCAN, CONV, MIXER, DEVICE = "selective_scan", "conv1d_silu", "mixer", "_device"
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    file: str  # of kernels/
+    right: str  # occurs exactly once
+    wrong: str
+    test: str  # file suffix::node that must go red
+    tensor: str  # what its message must name
+
+
+FAULTS = [
+    Fault(
+        "sign of dC", SCAN, "dC = dC + (dy_n * h[r],)", "dC = dC + (-dy_n * h[r],)",
+        "selective_scan.py::test_float32[two-blocks-and-a-mask]", "dC",
+    ),
+    Fault(
+        "dropped gradient of delta_bias", SCAN,
+        "ddelta_bias += tl.where(masks[i], ddelta, 0.0)", "ddelta_bias += 0.0 * ddelta",
+        "selective_scan.py::test_float32[one-full-block]", "ddelta_bias",
+    ),
+    Fault(
+        "delta_bias gradient from behind the end", SCAN,
+        "ddelta_bias += tl.where(masks[i], ddelta, 0.0)", "ddelta_bias += ddelta + 1.0 - masks[i]",
+        "selective_scan.py::test_float32[two-blocks-and-a-mask]", "ddelta_bias",
+    ),
+    Fault(
+        "D missing from du", SCAN, "dts[i] * gB + D * dy,", "dts[i] * gB,",
+        "selective_scan.py::test_float32[one-full-block]", "du",
+    ),
+    Fault(
+        "wrong chunk boundary", SCAN, "(b * chunks + chunks - 1 - k)", "(b * chunks + k)",
+        "selective_scan.py::test_float32[everything-7]", "ddelta",
+    ),
+    Fault(
+        "step behind the end not masked", SCAN, "return tl.where(in_seq, x, 0.0)", "return x",
+        "selective_scan.py::test_float32[two-blocks-and-a-mask]", "last_state",
+    ),
+    Fault(
+        "channels of the next group not masked", SCAN,
+        "mask_d = offs_in_group < group_dim", "mask_d = group * group_dim + offs_in_group < dim",
+        "selective_scan.py::test_float32[groups]", "dB",
+    ),
+    Fault(
+        "B and C swapped", SCAN, "y += h_next[r] * C_t[r]", "y += h_next[r] * B_t[r]",
+        "selective_scan.py::test_float32[one-full-block]", "y",
+    ),
+    Fault(
+        "dB taken for dC", SCAN, "over_owners(dBC[..., -dstate:], C)",
+        "over_owners(dBC[..., :dstate], C)",
+        "selective_scan.py::test_float32[one-full-block]", "dC",
+    ),
+    Fault(
+        "derivative of the gate", SCAN, "dev.dsilu(zs[i])", "dev.sigmoid(zs[i])",
+        "selective_scan.py::test_float32[z]", "dz",
+    ),
+    Fault(
+        "derivative of softplus dropped", SCAN,
+        "ddelta *= dev.sigmoid(deltas[i] + delta_bias)", "ddelta *= 1.0",
+        "selective_scan.py::test_float32[one-full-block]", "ddelta",
+    ),
+    Fault(
+        "dt missing from dA", SCAN, "(dA[r] + gp * dt,)", "(dA[r] + gp,)",
+        "selective_scan.py::test_float32[one-full-block]", "dA",
+    ),
+    Fault(
+        "gradient of the last state ignored", SCAN,
+        "g = dev.load_first(dlast_state_ptr,", "g = dev.load_first(None,",
+        "selective_scan.py::test_float32[one-full-block]", "du",
+    ),
+    Fault(
+        "constant dB summed over one entry", SCAN,
+        "dB.sum(0).t().to(B.dtype)", "dB[0].t().to(B.dtype)",
+        "selective_scan.py::test_float32[const-B]", "dB",
+    ),
+    Fault(
+        "reverse ignored", DEVICE, "(tl.cast(seqlen - 1 - t0, tl.int64) - i,)",
+        "(tl.cast(t0, tl.int64) + i,)",
+        "selective_scan.py::test_float32[reverse]", "y",
+    ),
+    Fault(
+        "initial state of the first entry for all", DEVICE,
+        "load_states(ptr + b * dim * dstate,", "load_states(ptr,",
+        "selective_scan.py::test_float32[initial-state]", "y",
+    ),
+    Fault(
+        "wrong digit in softplus", DEVICE, "0.33319091796875", "0.33329091796875",
+        "selective_scan.py::test_float32[softplus-extremes]", "y",
+    ),
+    Fault(
+        "lanes exchange the wrong half", DEVICE,
+        "tl.where(upper, b, a) + tl.gather", "tl.where(upper, a, b) + tl.gather",
+        "selective_scan.py::test_float32[one-full-block]", "dB",
+    ),
+    Fault(
+        "wide states not masked", DEVICE,
+        "value = tl.load(ptr + offs_n, mask=(offs_n < dstate) & mask, other=0.0)[None, :]",
+        "value = tl.load(ptr + offs_n, mask=mask & (offs_n >= 0), other=0.0)[None, :]",
+        "selective_scan.py::test_float32[dstate-17]", "y",
+    ),
+    Fault(
+        "halo off by one at even widths", CONV,
+        "shift: tl.constexpr = k - (WIDTH - 1) // 2", "shift: tl.constexpr = k - WIDTH // 2",
+        "conv1d_silu.py::test_against_the_reference[single-width-4]", "out",
+    ),
+    Fault(
+        "halo of the backward pass mirrored", CONV,
+        "shift: tl.constexpr = (WIDTH - 1) // 2 - k", "shift: tl.constexpr = k - (WIDTH - 1) // 2",
+        "conv1d_silu.py::test_against_the_reference[single-width-3]", "dx",
+    ),
+    Fault(
+        "halo reaches into the next sequence", CONV,
+        "mask = mask & (s >= 0) & (s < seqlen)", "mask = mask & (s >= 0)",
+        "conv1d_silu.py::test_against_the_reference[single-width-3]", "out",
+    ),
+    Fault(
+        "dbias from the wrong tap", CONV, "if shift == 0:", "if k == 0:",
+        "conv1d_silu.py::test_against_the_reference[single-width-3]", "dbias",
+    ),
+    Fault(
+        "z convolved from x", MIXER, "xz_ptr + dim, stride_xzb", "xz_ptr + 0, stride_xzb",
+        "mixer.py::test_float32[published]", "out",
+    ),
+    Fault(
+        "B and C shifted in x_proj", MIXER,
+        "offs_n = offs_r - dt_rank", "offs_n = (offs_r - dt_rank + dstate) % (2 * dstate)",
+        "mixer.py::test_float32[published]", "out",
+    ),
+    Fault(
+        "x_proj missing from dx", MIXER,
+        "dx = torch.addmm(dx.flatten(0, 1), dw, W_x).view(x.shape)", "dx = dx.view(x.shape)",
+        "mixer.py::test_float32[published]", "dxz",
+    ),
+]  # fmt: skip
+
+
+def run(fault: Fault) -> tuple[bool, str]:
+    """Whether the fault was caught, and pytest's output."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("kernels", "mambavision", "reference", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        path = copy / "kernels" / f"{fault.file}.py"
+        source = path.read_text()
+        if source.count(fault.right) != 1:
+            return False, f"{fault.file}.py holds {fault.right!r} {source.count(fault.right)} times"
+        path.write_text(source.replace(fault.right, fault.wrong))
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        found = subprocess.run(
+            [*command, f"tests/test_kernels_{fault.test}"],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+        )
+    # 1: tests ran and some failed; everything else is a broken experiment
+    caught = found.returncode == 1 and f"AssertionError: {fault.tensor}" in found.stdout
+    return caught, found.stdout + found.stderr
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", nargs="?", default="", help="part of a fault's name")
+    chosen = [fault for fault in FAULTS if parser.parse_args().name in fault.name]
+    missed = 0
+    for fault in chosen:
+        caught, output = run(fault)
+        missed += not caught
+        print(f"{'caught' if caught else 'MISSED'}  {fault.name}", flush=True)
+        if not caught:
+            print(output)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
+    return 1 if missed or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
