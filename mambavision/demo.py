@@ -122,7 +122,7 @@ def train(
     """
     count = len(digits.train_images)
     sizes = batch_sizes(count, batch_size)
-    optimizer = torch.optim.AdamW(model.parameter_groups(WEIGHT_DECAY), lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(model.param_groups(WEIGHT_DECAY), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=LEARNING_RATE, total_steps=epochs * len(sizes), pct_start=0.2
     )

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "mambavision.reference": {"torch", "mambavision.reference"},
     "mambavision.kernels": {"torch", "triton", "mambavision.kernels"},
-    "mambavision.torch_backend": {"torch"},
+    "mambavision.torch_backend": {"torch", "mambavision.torch_backend"},
     "mambavision.checks": {"torch"},
     "mambavision.ops": {
         "torch", "triton", "mambavision.checks", "mambavision.kernels", "mambavision.torch_backend",
