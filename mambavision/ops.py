@@ -15,9 +15,9 @@ Eager calls go straight to the backend's autograd function. Whatever traces inst
 and backward functions.
 
 What holds for each operator: the output has the first argument's dtype, each gradient its
-argument's; softplus, exp, states and sums are float32 (float64 where an argument is), unmoved by
-autocast; any strides are accepted, but a Triton kernel copies what is not contiguous along its last
-axis; inputs are never modified; the same bits in every run; a second derivative raises.
+argument's; softplus, exp, states and sums are float32, float64 where the first argument is, unmoved
+by autocast. Any strides are accepted; a Triton kernel copies what is not contiguous along its last
+axis. Inputs are never modified, the bits are the same in every run, a second derivative raises.
 ValueError for wrong shapes, sizes, devices and names, TypeError for wrong types and dtypes, before
 any work.
 """
@@ -133,8 +133,8 @@ def _like(*arguments: Tensor | None) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in arguments if x is not None]
 
 
-def _state_dtype(A: Tensor, *tensors: Tensor | None) -> torch.dtype:
-    dtype = work_dtype(A, *tensors)
+def _state_dtype(u: Tensor, A: Tensor) -> torch.dtype:
+    dtype = work_dtype(u)
     return dtype.to_complex() if A.is_complex() else dtype
 
 
@@ -192,7 +192,7 @@ def _(
     backend,
 ):  # fmt: skip
     (batch, seqlen, dim), dstate = u.shape, A.shape[1]
-    dtype = _state_dtype(A, u, delta, B, C, D, z, delta_bias, initial_state)
+    dtype = _state_dtype(u, A)
     shape = _module(backend).states_shape(batch, seqlen, dim, dstate) if save_states else (0,)
     last_state = u.new_empty(batch, dim, dstate, dtype=dtype)
     return u.new_empty(u.shape), last_state, u.new_empty(shape, dtype=dtype)
@@ -340,7 +340,7 @@ def selective_scan(
     state after position 0.
 
     Any float dtypes, mixed as they come. y has u's dtype; last_state is float32, or float64 where
-    an argument is. A complex A takes complex B and C, y = 2 Re <C, h> without conjugation, and has
+    u is. A complex A takes complex B and C, y = 2 Re <C, h> without conjugation, and has
     a complex last_state. Triton serves real float32, float16, bfloat16 and dstate up to 64.
     Gradients reach every tensor argument, initial_state included, also through last_state.
 
@@ -397,7 +397,7 @@ def selective_scan_fn(
         if x.dim() == 2:
             return x
         if A.is_complex() and x is not u and x is not delta and x is not z:
-            dtype = work_dtype(x)
+            dtype = work_dtype(u)
             x = torch.complex(x[..., 0::2].to(dtype), x[..., 1::2].to(dtype))
         return x.transpose(1, 2) if x.dim() == 3 else x.permute(0, 3, 1, 2)
 
