@@ -102,7 +102,11 @@ def _step_size(x, in_seq, DELTA_SOFTPLUS: tl.constexpr):
     return tl.where(in_seq, x, 0.0)
 
 
-@triton.jit(do_not_specialize=["seqlen"])
+# Not compiled anew for each: sizes, and strides that no wide load follows
+GENERIC = ["batch", "seqlen", "stride_Bb", "stride_Bg", "stride_Cb", "stride_Cg"]
+
+
+@triton.jit(do_not_specialize=GENERIC)
 def _scan_fwd_kernel(
     u_ptr, stride_ub, stride_ul: tl.constexpr,  # (batch, seqlen, dim)
     delta_ptr, stride_deltab, stride_deltal: tl.constexpr,  # (batch, seqlen, dim)
@@ -175,7 +179,7 @@ def _scan_fwd_kernel(
     dev.store_states(last_state_ptr, h, offs_d, mask_d, dstate, 1, dstate, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["batch", "seqlen"])
+@triton.jit(do_not_specialize=GENERIC)
 def _scan_bwd_kernel(
     dy_ptr, stride_dyb, stride_dyl: tl.constexpr,  # (batch, seqlen, dim)
     dlast_state_ptr,  # (batch, dim, dstate) or None
