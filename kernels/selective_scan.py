@@ -120,7 +120,7 @@ def _scan_fwd_kernel(
     y_ptr, stride_yb, stride_yl: tl.constexpr,  # (batch, seqlen, dim)
     last_state_ptr,  # (batch, dim, dstate)
     states_ptr,  # (batch, chunks, dstate, dim) or None
-    seqlen, dim, group_dim,
+    seqlen, dim: tl.constexpr, group_dim: tl.constexpr,
     dstate: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
     DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -202,7 +202,7 @@ def _scan_bwd_kernel(
     dz_ptr,  # (batch, seqlen, dim) or None
     ddelta_bias_ptr,  # (batch, dim)
     dinitial_state_ptr,  # (batch, dim, dstate) or None
-    batch, seqlen, dim, group_dim,
+    batch, seqlen, dim: tl.constexpr, group_dim: tl.constexpr,
     dstate: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
     DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -210,6 +210,10 @@ def _scan_bwd_kernel(
 ):  # fmt: skip
     b, block, group, offs_d, mask_d = _owned_channels(dim, group_dim, BLOCK_D, EVEN_D)
     dy_ptr += b * stride_dyb
+    du_ptr += b * seqlen * dim
+    ddelta_ptr += b * seqlen * dim
+    dBC_ptr += (block * batch + b) * seqlen * stride_dBCl
+    states_ptr += b * tl.cdiv(seqlen, STEPS) * dstate * dim
     u_ptr += b * stride_ub
     delta_ptr += b * stride_deltab
     B_ptr += b * stride_Bb + group * stride_Bg
@@ -236,7 +240,7 @@ def _scan_bwd_kernel(
         dys = dev.load_rows(dy_ptr, stride_dyl, rows, masks, offs_d, mask_d)
         if z_ptr is not None:
             zs = dev.load_rows(z_ptr + b * stride_zb, stride_zl, rows, masks, offs_d, mask_d)
-        at = states_ptr + (b * chunks + chunks - 1 - k) * dstate * dim
+        at = states_ptr + tl.cast(chunks - 1 - k, tl.int64) * dstate * dim
         h = dev.load_states(at, offs_d, mask_d, 1, dim, dstate, BLOCK_N)
 
         # Forward again: dt_t and p_t of the chunk
@@ -272,10 +276,10 @@ def _scan_bwd_kernel(
             for r in tl.static_range(len(A)):
                 h = h + (p[r] + dtu * B_t[r],)
                 y += h[r] * C_t[r]
-            at = (b * seqlen + rows[i]) * dim + offs_d
+            at = rows[i] * dim + offs_d
             if z_ptr is not None:
                 dz = dy * (dev.sum_states(y, BLOCK_N) + D * u) * dev.dsilu(zs[i])
-                dev.store(dz_ptr + at, dz, mask_d & masks[i])
+                dev.store(dz_ptr + b * seqlen * dim + at, dz, mask_d & masks[i])
                 dy *= dev.silu(zs[i])
             dD += dy * u
 
@@ -312,7 +316,7 @@ def _scan_bwd_kernel(
             else:
                 sums = sums + dC
             if not (CONST_B and CONST_C):
-                at = dBC_ptr + ((block * batch + b) * seqlen + rows[i]) * stride_dBCl
+                at = dBC_ptr + rows[i] * stride_dBCl
                 dev.store_channel_sums(at, sums, masks[i], dstate, BLOCK_D, BLOCK_N)
 
     entry = b * dim * dstate
