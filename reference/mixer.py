@@ -8,6 +8,8 @@
 
 `delta_bias` is all that is added inside the softplus. Every line is an operator that rounds to xz's
 dtype, as in an eager model. The backward pass is the chain rule, line by line from the last.
+
+The mixer is that of MambaVision, arXiv 2407.08083.
 """
 
 from typing import NamedTuple

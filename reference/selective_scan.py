@@ -25,6 +25,8 @@ Shapes: u, delta, z, y (batch, seqlen, dim); A (dim, dstate); B, C (batch, seqle
 
 With reverse, time runs from the last position to the first: the initial state enters at the last
 position and the last state is that after position 0.
+
+The recurrence is that of Mamba, arXiv 2312.00752, with the zero-order hold of A and Euler's of B.
 """
 
 from typing import NamedTuple
@@ -48,8 +50,8 @@ class SelectiveScanGrads(NamedTuple):
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), exact at both ends."""
-    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+    """log(exp(x) + exp(0)), exact at both ends and in its derivative."""
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def _at(B: Tensor, t: int, dim: int) -> Tensor:
@@ -122,7 +124,7 @@ def selective_scan(
     )
     y, states = _scan(*scan)
     if z is not None:
-        y = y * z * torch.sigmoid(z)
+        y = y * (z * torch.sigmoid(z))
     return (y.to(u.dtype), states[-1]) if return_last_state else y.to(u.dtype)
 
 
@@ -155,7 +157,7 @@ def selective_scan_backward(
     if z_ is not None:
         s = torch.sigmoid(z_)
         dz = (dy * y * (s + z_ * s * (1 - s))).to(z.dtype)
-        dy = dy * z_ * s
+        dy = dy * (z_ * s)
 
     g = torch.zeros_like(h0) if dlast_state is None else dlast_state.to(h0.dtype)
     du, ddt = torch.zeros_like(u_), torch.zeros_like(u_)
