@@ -125,16 +125,15 @@ def _finite(x: Tensor) -> bool:
 class _Coefficient:
     """B or C over a block's steps, (rows, steps, dstate, groups, channels); 1 where it is constant.
 
-    Where neither groups nor channels tell it apart, its sums are small matrix products.
+    `plain`: the usual one, without groups and channels; its sums are small matrix products.
     """
 
-    def __init__(self, B: Tensor):
-        self.B = B
+    def __init__(self, B: Tensor, plain: bool = False):
+        self.B, self.plain = B, plain
         self.groups = B.shape[3]
-        self.plain = self.groups == 1 and B.shape[4] == 1
 
     def conj(self) -> "_Coefficient":
-        return _Coefficient(_conj(self.B)) if self.B.is_complex() else self
+        return _Coefficient(_conj(self.B), self.plain) if self.B.is_complex() else self
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.groups, -1))
@@ -236,7 +235,9 @@ class _Block:
         if B.dim() == 2:
             return _Coefficient(B.t().to(self.scan.dtype)[None, None, :, None, :])
         B = self.load(B, self.scan.dtype)
-        return _Coefficient(B[..., None, None] if B.dim() == 3 else B.transpose(2, 3).unsqueeze(-1))
+        if B.dim() == 3:
+            return _Coefficient(B[..., None, None], plain=True)
+        return _Coefficient(B.transpose(2, 3).unsqueeze(-1))
 
     def by_chunk(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (self.count, self.scan.steps))
