@@ -105,12 +105,16 @@ def curves_chart(history: Sequence[Epoch]) -> Figure:
     return figure
 
 
-def predictions_chart(result: DemoResult, columns: int = 10, errors: int = 10) -> Figure:
-    """Misread images first, the surest mistakes leading, then the first ones that were right."""
-    wrong = np.flatnonzero(result.labels != result.predicted)
-    wrong = wrong[np.argsort(-result.confidence[wrong])][:errors]
-    right = np.flatnonzero(result.labels == result.predicted)
-    shown = np.concatenate([wrong, right])[: 4 * columns]
+def predictions_chart(result: DemoResult, columns: int = 10) -> Figure:
+    """Up to a row of misread images, the surest leading; a row of right ones, the least sure
+    leading; then the first of the rest."""
+    good = result.labels == result.predicted
+    wrong = np.flatnonzero(~good)
+    wrong = wrong[np.argsort(-result.confidence[wrong])][:columns]
+    right = np.flatnonzero(good)
+    unsure = right[np.argsort(result.confidence[right])][:columns]
+    rest = np.setdiff1d(right, unsure)
+    shown = np.concatenate([wrong, unsure, rest])[: 4 * columns]
     rows = -(-len(shown) // columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(columns, 1.32 * rows), layout="constrained", squeeze=False
@@ -283,7 +287,8 @@ def _page(result: DemoResult, charts: dict[str, bytes]) -> str:
     sections = [
         _section(
             "What it reads",
-            "Test images with the prediction and its confidence; misread ones come first, framed.",
+            f"Test images with the prediction and its confidence. First those misread, framed "
+            f"({wrong or 'none'} of {len(result.labels)}); then the ones it was least sure of.",
             _image(charts["predictions.png"], "test images with predictions"),
         ),
         _section(
