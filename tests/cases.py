@@ -132,7 +132,8 @@ def _normal(generator, *shape, dtype=torch.float32):
 
 
 def _lay_out(x, layout):
-    """The same values (batch, seqlen, dim) in another place of memory."""
+    """The same values (batch, seqlen, dim) in another place of memory. A copy to another device
+    would be contiguous, so this comes last."""
     batch, seqlen, dim = x.shape
     if layout == "transposed":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -207,12 +208,13 @@ def scan_inputs(case, dtype=torch.float32, device="cpu", seed=0):
         tensors[name] = tensors[name].to(other)
     for name in case.without:
         del tensors[name]
+    tensors = {name: x.to(device) for name, x in tensors.items()}
     for name in ("u", "delta", "z"):
         if name in tensors:
             tensors[name] = _lay_out(tensors[name], case.layout)
     if case.layout == "nan-surrounded":
         tensors = {name: nan_surrounded(x) for name, x in tensors.items()}
-    return {name: x.to(device) for name, x in tensors.items()}
+    return tensors
 
 
 def scan_output_grads(case, tensors, seed=1):
@@ -278,12 +280,13 @@ CONVS += [
 def conv_inputs(case, dtype=torch.float32, device="cpu", seed=0):
     g = torch.Generator().manual_seed(seed)
     tensors = {
-        "x": _lay_out(_normal(g, case.batch, case.seqlen, case.dim, dtype=dtype), case.layout),
+        "x": _normal(g, case.batch, case.seqlen, case.dim, dtype=dtype),
         "weight": _normal(g, case.dim, case.width),
     }
     if case.bias:
         tensors["bias"] = _normal(g, case.dim)
-    return {name: x.to(device) for name, x in tensors.items()}
+    tensors = {name: x.to(device) for name, x in tensors.items()}
+    return tensors | {"x": _lay_out(tensors["x"], case.layout)}
 
 
 @dataclass(frozen=True)
@@ -313,7 +316,7 @@ def mixer_inputs(case, dtype=torch.float32, device="cpu", seed=0):
     g = torch.Generator().manual_seed(seed)
     d, N, R = case.dim, case.dstate, case.dt_rank
     tensors = {
-        "xz": _lay_out(_normal(g, case.batch, case.seqlen, 2 * d, dtype=dtype), case.layout),
+        "xz": _normal(g, case.batch, case.seqlen, 2 * d, dtype=dtype),
         "conv_x_weight": 0.6 * _normal(g, d, 1, case.width),
         "conv_z_weight": 0.6 * _normal(g, d, 1, case.width),
         "x_proj_weight": _normal(g, R + 2 * N, d) / d**0.5,
@@ -324,7 +327,8 @@ def mixer_inputs(case, dtype=torch.float32, device="cpu", seed=0):
     }
     if case.bias:
         tensors["conv_x_bias"], tensors["conv_z_bias"] = _normal(g, d), _normal(g, d)
-    return {name: x.to(device) for name, x in tensors.items()}
+    tensors = {name: x.to(device) for name, x in tensors.items()}
+    return tensors | {"xz": _lay_out(tensors["xz"], case.layout)}
 
 
 def results(op, tensors, grad, **flags):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import TOLERANCES, assert_close, nan_surrounded
+from cases import LAYOUTS, TOLERANCES, assert_close, ids, nan_surrounded, scan_inputs
 
 EXACT = {"y": torch.tensor([1.0, -4.0], dtype=torch.float64), "dA": torch.ones(2).double()}
 ORACLE = {"y": torch.tensor([1.0, -4.0]), "dA": torch.ones(2)}
@@ -66,3 +66,13 @@ def test_surrounded_by_nan_on_every_side():
     for axis in range(3):
         assert inside._base.select(axis, 0).isnan().all()
         assert inside._base.select(axis, -1).isnan().all()
+
+
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+@pytest.mark.parametrize("case", LAYOUTS, ids=ids(LAYOUTS))
+def test_a_layout_holds_on_every_device(case, device):
+    """meta stands for a device to which the tensors are copied."""
+    u = scan_inputs(case, device=device)["u"]
+    assert u.device.type == device
+    assert u.storage_offset() > 0 or not u.is_contiguous()
+    assert u.stride() == scan_inputs(case)["u"].stride()
