@@ -90,6 +90,7 @@ VALUES = [
     ScanCase("underflow", values="underflow"),
     ScanCase("positive-A", values="positive-A"),
     ScanCase("large-u", values="large-u"),
+    ScanCase("large-delta", z=True, values="large-delta"),
 ]
 # To round the exponent of a state of e^80 costs 80 units, more than TOLERANCES grants; compared is
 # where each result overflows.
@@ -119,6 +120,7 @@ NARROW = [
         "dstate-8",
         "softplus-extremes",
         "large-u",
+        "large-delta",
     )
 ]
 
@@ -199,6 +201,10 @@ def scan_inputs(case, dtype=torch.float32, device="cpu", seed=0):
         tensors["A"] = tensors["A"].abs() * 0.5
     if case.values == "overflow":
         tensors["A"] = tensors["A"].abs() * 20
+    if case.values == "large-delta":
+        tensors["delta"] = 65504.0 * torch.sign(tensors["delta"])
+        # What u multiplies fits float16; du, which it does not, overflows in places
+        tensors["u"] = 1e-3 * tensors["u"]
     if case.values == "large-u" and dtype == torch.float16:
         tensors["u"] = 65504.0 * torch.sign(tensors["u"])
         for name in ("B", "C"):
