@@ -38,7 +38,7 @@ def rows_of(block, batch, seqlen, BLOCK_L: tl.constexpr):
 
 
 @triton.jit
-def _load_shifted(ptr, stride_b, stride_l, b, t, mask, shift: tl.constexpr, offs_d, seqlen):
+def _load_shifted(ptr, stride_b, stride_l, b, t, mask, shift, offs_d, seqlen):
     """Rows t + shift of a (batch, seqlen, dim) tensor, 0 outside the sequence."""
     s = t + shift
     mask = mask & (s >= 0) & (s < seqlen)
@@ -56,7 +56,7 @@ def conv_rows(
         a += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     for k in tl.static_range(WIDTH):
         weight = tl.load(weight_ptr + offs_d * WIDTH + k, mask=mask_d, other=0.0).to(tl.float32)
-        shift: tl.constexpr = k - (WIDTH - 1) // 2
+        shift = k - (WIDTH - 1) // 2
         a += weight * _load_shifted(x_ptr, stride_xb, stride_xl, b, t, mask, shift, offs_d, seqlen)
     return a
 
@@ -106,7 +106,7 @@ def _conv1d_silu_bwd_kernel(
     dx = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
     for k in tl.static_range(WIDTH):
         # Row s = t - k + left is the one that read x_t through weight_k
-        shift: tl.constexpr = (WIDTH - 1) // 2 - k
+        shift = (WIDTH - 1) // 2 - k
         s = t + shift
         da = _load_shifted(dy_ptr, stride_dyb, stride_dyl, b, t, mask, shift, offs_d, seqlen)
         if ACTIVATION:

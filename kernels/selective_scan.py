@@ -52,7 +52,7 @@ CONFIGS = {
         "bwd": {"STEPS": 2, "BLOCK_D": 32, "BLOCK_N": 1},
     },
     64: {
-        "fwd": {"STEPS": 4, "BLOCK_D": 16, "BLOCK_N": 16},
+        "fwd": {"STEPS": 2, "BLOCK_D": 16, "BLOCK_N": 16},
         "bwd": {"STEPS": 2, "BLOCK_D": 4, "BLOCK_N": 16},
     },
 }
