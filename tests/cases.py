@@ -203,7 +203,7 @@ def scan_inputs(case, dtype=torch.float32, device="cpu", seed=0):
         tensors["A"] = tensors["A"].abs() * 20
     if case.values == "large-delta":
         tensors["delta"] = 65504.0 * torch.sign(tensors["delta"])
-        # What u multiplies fits float16; du, which it does not, overflows in places
+        # Keeps y and dB within float16; du, which is free of u, overflows in places
         tensors["u"] = 1e-3 * tensors["u"]
     if case.values == "large-u" and dtype == torch.float16:
         tensors["u"] = 65504.0 * torch.sign(tensors["u"])
