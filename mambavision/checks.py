@@ -4,6 +4,7 @@ Each message says the operator, the argument, what was expected and what was giv
 wrong shapes, sizes and devices, TypeError for wrong types and dtypes.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ __all__ = ["check_conv1d_silu", "check_mixer", "check_selective_scan"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
 
-def _shape_text(shape: Any) -> str:
-    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+def _shape_text(shape: Iterable[Any]) -> str:
+    axes = [str(axis) for axis in shape]
+    return "(" + ", ".join(axes) + ("," if len(axes) == 1 else "") + ")"
 
 
 def _check_dtype(op: str, name: str, x: Any, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -29,18 +31,18 @@ def _check_dtype(op: str, name: str, x: Any, dtypes: tuple[torch.dtype, ...]) ->
         )
 
 
+def _layout_text(axes: tuple[str, ...], sizes: dict[str, int]) -> str:
+    names, known = _shape_text(axes), _shape_text(sizes.get(axis, axis) for axis in axes)
+    return names if names == known else f"{names} = {known}"
+
+
 def _check_shape(op: str, name: str, x: Tensor, *layouts: tuple[str, ...], **sizes: int) -> None:
     """x has the shape of the layout with its rank; an axis without a known size may have any."""
-    for axes in layouts:
-        if len(axes) == x.dim():
-            expected = [sizes.get(axis, size) for axis, size in zip(axes, x.shape, strict=True)]
-            if list(x.shape) == expected:
-                return
-            known = [str(sizes.get(axis, axis)) for axis in axes]
-            text = f"{_shape_text(axes)} = {_shape_text(known)}"
-            break
-    else:
-        text = " or ".join(_shape_text(axes) for axes in layouts)
+    fitting = [axes for axes in layouts if len(axes) == x.dim()]
+    for axes in fitting:
+        if all(sizes.get(axis, size) == size for axis, size in zip(axes, x.shape, strict=True)):
+            return
+    text = " or ".join(_layout_text(axes, sizes) for axes in fitting or layouts)
     raise ValueError(f"{op}: {name} must have shape {text}, got {_shape_text(x.shape)}")
 
 
