@@ -51,6 +51,7 @@ STYLE: Any = {
     "xtick.major.size": 0,
     "ytick.color": MUTED,
     "ytick.major.size": 0,
+    "ytick.minor.size": 0,
 }
 
 
@@ -90,7 +91,9 @@ def curves_chart(history: Sequence[Epoch]) -> Figure:
 
     left.set_title("Training loss")
     left.plot(epochs, [e.loss for e in history], color=TEAL, lw=2, marker=marker)
-    left.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, None))
+    left.set(xlabel="epoch", ylabel="cross-entropy, log scale", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("")
 
     right.set_title("Accuracy")
     train = [100 * e.train_accuracy for e in history]
@@ -150,6 +153,7 @@ def speed_chart(checks: Sequence[OpCheck]) -> Figure:
         len(dtypes), len(names), figsize=(10, 2.3 * len(dtypes)), layout="constrained",
         squeeze=False,
     )  # fmt: skip
+    figure.set_layout_engine("constrained", hspace=0.15)
     for check in checks:
         axes = grid[dtypes.index(check.dtype), names.index(check.op)]
         times = 1e3 * np.array([check.seconds, check.seconds_eager, check.seconds_reference])
