@@ -144,6 +144,21 @@ def test_python_of_the_readme_runs(block, tmp_path):
     python(block, tmp_path, ROOT)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("words", re.findall(r'TEST_ARGS="-k ([^"]+)"', README))
+def test_selections_of_the_readme_are_not_empty(words):
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist"]
+    expression = words.strip("'")
+    done = subprocess.run([*command, "-k", expression], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_oldest_versions_of_the_readme_are_those_of_setup():
+    setup = (ROOT / "setup.py").read_text()
+    torch, triton = re.findall(r'^OLDEST_\w+ = "(.+)"$', setup, re.MULTILINE)
+    assert f"torch {torch} or newer, Triton {triton} or newer" in README
+
+
 def test_make_targets_of_the_texts_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
