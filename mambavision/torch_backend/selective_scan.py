@@ -136,7 +136,7 @@ class _Coefficient:
         return _Coefficient(_conj(self.B), self.plain) if self.B.is_complex() else self
 
     def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.groups, -1))
+        return x.view(*x.shape[:-1], self.groups, -1)
 
     def outer(self, x: Tensor, out: Tensor) -> Tensor:
         """B_n x_d, (rows, steps, dstate, dim)."""
@@ -223,6 +223,7 @@ class _Block:
         self.shape = (*self.dt.shape[:2], scan.dstate, scan.dim)
         self.a = torch.mul(self.dt.unsqueeze(2), scan.A, out=scan.buffer("a", self.shape)).exp_()
         self.h = self.B.outer(self.dtu, out=scan.buffer("h", self.shape))
+        self.decays, self.values = self.steps(self.a), self.steps(self.h)
 
     def load(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x (batch, seqlen, ...) at the block's steps; zeros behind the end of the sequence."""
@@ -240,7 +241,7 @@ class _Block:
         return _Coefficient(B.transpose(2, 3).unsqueeze(-1))
 
     def by_chunk(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (self.count, self.scan.steps))
+        return x.view(x.shape[0], self.count, self.scan.steps, *x.shape[2:])
 
     def steps(self, x: Tensor) -> list[Tensor]:
         steps = self.by_chunk(x).unbind(2)
@@ -254,22 +255,22 @@ class _Block:
         """What enters each chunk, (rows, chunks, dstate, dim); `state` enters the first."""
         if self.count == 1:
             return state.unsqueeze(1)
-        decays, values, decay = self.steps(self.a), self.steps(self.h), self.chunk_decay()
+        decay = self.chunk_decay()
         if _finite(decay):
-            return _chain(decay, _ends(decays, values), state, self.order)
-        return _step_by_step(decays, values, state, self.order, None)
+            return _chain(decay, _ends(self.decays, self.values), state, self.order)
+        return _step_by_step(self.decays, self.values, state, self.order, None)
 
     def run(self, starts: Tensor) -> Tensor:
         """h of every step; returns that of the last."""
-        decays, values = self.steps(self.a), self.steps(self.h)
-        values[0].addcmul_(decays[0], starts)
-        _sweep(decays, values)
-        return values[-1][:, self.order[-1]].clone()
+        self.values[0].addcmul_(self.decays[0], starts)
+        _sweep(self.decays, self.values)
+        return self.values[-1][:, self.order[-1]].clone()
 
     def run_back(self, g: Tensor, carry: Tensor) -> Tensor:
         """C dy in `g` becomes the gradient of every h. `carry` is what the steps after the block
         hand back to it; returned is what it hands to those before."""
-        decays, values = self.steps(_conj(self.a))[::-1], self.steps(g)[::-1]
+        decays = self.steps(_conj(self.a))[::-1] if g.is_complex() else self.decays[::-1]
+        values = self.steps(g)[::-1]
         # A gradient passes a step's decay on leaving the step: the list is shifted by one
         first, decays, order = decays[-1], [decays[0], *decays[:-1]], self.order[::-1]
         if self.count == 1:
@@ -288,7 +289,7 @@ class _Block:
     def before(self, starts: Tensor) -> Tensor:
         """p = a h_{t-1}, in the memory of a."""
         a, h = self.by_chunk(self.a), self.by_chunk(self.h)
-        self.steps(self.a)[0].mul_(starts)
+        self.decays[0].mul_(starts)
         if self.scan.reverse:
             a[:, :, :-1].mul_(h[:, :, 1:])
         else:
