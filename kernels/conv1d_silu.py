@@ -77,7 +77,7 @@ def _conv1d_silu_fwd_kernel(
     weight_ptr,  # (dim, width)
     bias_ptr,  # (dim,) or None
     y_ptr, stride_yb, stride_yl,  # (batch, seqlen, dim)
-    batch, seqlen, dim,
+    batch, seqlen, dim: tl.constexpr,
     WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     _, b, t, offs_d, mask, mask_d = _owned_tile(batch, seqlen, dim, BLOCK_L, BLOCK_D)
@@ -98,7 +98,7 @@ def _conv1d_silu_bwd_kernel(
     dx_ptr, stride_dxb, stride_dxl,  # (batch, seqlen, dim)
     dweight_ptr,  # (row blocks, width, dim)
     dbias_ptr,  # (row blocks, dim)
-    batch, seqlen, dim,
+    batch, seqlen, dim: tl.constexpr,
     WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     block, b, t, offs_d, mask, mask_d = _owned_tile(batch, seqlen, dim, BLOCK_L, BLOCK_D)

@@ -50,7 +50,7 @@ def _conv_proj_kernel(
     yz_ptr,  # (batch, seqlen, 2 dim), receives [x, z]
     dt_low_ptr,  # (batch, seqlen, dt_rank)
     BC_ptr,  # (batch, seqlen, 2 dstate)
-    batch, seqlen, dim, dt_rank,
+    batch, seqlen, dim: tl.constexpr, dt_rank: tl.constexpr,
     dstate: tl.constexpr, WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
