@@ -1,0 +1,310 @@
+"""What the backbone is built of, from the stem to a stage.
+
+Maps are (batch, channels, height, width); tokens are (batch x windows, positions, channels). Stages 1
+and 2 convolve maps, stages 3 and 4 mix tokens: windows of the map become sequences, and are put back
+at the end of the stage. Names of parameters and buffers are those of the published checkpoints.
+
+Source: Hatamizadeh and Kautz, arXiv 2407.08083, section 3.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from .mixer import MambaVisionMixer
+
+__all__ = [
+    "Attention",
+    "Block",
+    "ConvBlock",
+    "Downsample",
+    "DropPath",
+    "Mlp",
+    "Stage",
+    "Stem",
+    "from_windows",
+    "to_windows",
+]
+
+
+class DropPath(nn.Module):
+    """Leaves out a residual branch, entry by entry of the batch: x m / (1 - p), m ~ Bernoulli(1 - p).
+
+    Only while training. Source: Huang et al., arXiv 1603.09382.
+    """
+
+    def __init__(self, drop_prob: float = 0.0):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0.0:
+            return x
+        keep = 1.0 - self.drop_prob
+        return x * x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+def _half(in_dim: int, dim: int) -> nn.Conv2d:
+    """A 3 x 3 convolution of stride 2: (height, width) to (ceil(height / 2), ceil(width / 2))."""
+    return nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, bias=False)
+
+
+class Stem(nn.Module):
+    """(batch, in_chans, height, width) to (batch, dim, height / 4, width / 4), rounded up."""
+
+    def __init__(self, in_chans: int, in_dim: int, dim: int):
+        super().__init__()
+        self.conv_down = nn.Sequential(
+            _half(in_chans, in_dim),
+            nn.BatchNorm2d(in_dim, eps=1e-4),
+            nn.ReLU(),
+            _half(in_dim, dim),
+            nn.BatchNorm2d(dim, eps=1e-4),
+            nn.ReLU(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_down(x)
+
+
+class Downsample(nn.Module):
+    """(batch, dim, height, width) to (batch, 2 dim, height / 2, width / 2), rounded up."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.reduction = nn.Sequential(_half(dim, 2 * dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduction(x)
+
+
+def _scale(value: float | None, dim: int) -> nn.Parameter | None:
+    """Layer scale, arXiv 2103.17239: one factor per channel, or none at all."""
+    return None if value is None else nn.Parameter(torch.full((dim,), float(value)))
+
+
+class ConvBlock(nn.Module):
+    """x + drop_path(gamma norm2(conv2(gelu(norm1(conv1(x)))))) on maps, gelu in its tanh form."""
+
+    def __init__(self, dim: int, drop_path: float = 0.0, layer_scale: float | None = None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.act1 = nn.GELU(approximate="tanh")
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.gamma = _scale(layer_scale, dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act1(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        if self.gamma is not None:
+            y = y * self.gamma.view(1, -1, 1, 1)
+        return x + self.drop_path(y)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(head_dim)) v over the tokens of a window; dropout only while training.
+
+    `qk_norm` puts a LayerNorm over each head's q and k.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
+        q, k, v = qkv.unbind(0)
+        dropout = self.attn_drop if self.training else 0.0
+        # Under autocast a LayerNorm returns float32, and q, k, v have to agree.
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.proj_drop(self.proj(rearrange(y, "b h n d -> b n (h d)")))
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))), gelu in its exact form, a dropout after each."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """x = x + drop_path(gamma_1 mixer(norm1(x))), then x = x + drop_path(gamma_2 mlp(norm2(x))).
+
+    `mixer` is a MambaVisionMixer or an Attention.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp_ratio: float,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.mixer = mixer
+        self.gamma_1 = _scale(layer_scale, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.gamma_2 = _scale(layer_scale, dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mixer(self.norm1(x))
+        x = x + self.drop_path(y if self.gamma_1 is None else self.gamma_1 * y)
+        y = self.mlp(self.norm2(x))
+        return x + self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
+
+
+def to_windows(x: Tensor, size: int) -> Tensor:
+    """(batch, dim, height, width) to (batch x windows, size x size, dim).
+
+    Zeros are added below and to the right up to a multiple of `size`; nothing masks them later.
+    """
+    height, width = x.shape[-2:]
+    below, right = -height % size, -width % size
+    if below or right:
+        x = F.pad(x, (0, right, 0, below))
+    return rearrange(x, "b c (h p) (w q) -> (b h w) (p q) c", p=size, q=size)
+
+
+def from_windows(x: Tensor, size: int, height: int, width: int) -> Tensor:
+    """The inverse of `to_windows`, cropped to (batch, dim, height, width)."""
+    rows, columns = -(-height // size), -(-width // size)
+    x = rearrange(x, "(b h w) (p q) c -> b c (h p) (w q)", h=rows, w=columns, p=size, q=size)
+    return x[..., :height, :width]
+
+
+@contextmanager
+def _batch_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Batch norms normalise as they did, but do not count the same batch a second time."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def _contexts(
+    module: nn.Module,
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Around the first run of a checkpointed module and around its repetition."""
+    return nullcontext(), _batch_statistics_kept(module)
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, then, unless it is the last stage, half of it and twice the channels.
+
+    (batch, dim, height, width) to a pair: the map after the blocks, of the same shape, and what the
+    next stage reads, (batch, 2 dim, height / 2, width / 2) rounded up, or None.
+
+    `window_size=None` says that the blocks take maps. With `grad_checkpointing` each block keeps only
+    its input for the backward pass and runs again there.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, window_size: int | None):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.window_size = window_size
+        self.grad_checkpointing = False
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return block(x)
+        return checkpoint(block, x, use_reentrant=False, context_fn=partial(_contexts, block))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        height, width = x.shape[-2:]
+        if self.window_size is not None:
+            x = to_windows(x, self.window_size)
+        for block in self.blocks:
+            x = self._run(block, x)
+        if self.window_size is not None:
+            x = from_windows(x, self.window_size, height, width)
+        return x, None if self.downsample is None else self.downsample(x)
+
+
+def conv_stage(
+    dim: int, drop_path: Sequence[float], layer_scale: float | None, downsample: bool
+) -> Stage:
+    """A stage of convolution blocks, one per drop-path rate."""
+    blocks = [ConvBlock(dim, rate, layer_scale) for rate in drop_path]
+    return Stage(blocks, Downsample(dim) if downsample else None, None)
+
+
+def token_stage(
+    dim: int,
+    drop_path: Sequence[float],
+    layer_scale: float | None,
+    downsample: bool,
+    *,
+    window_size: int,
+    num_heads: int,
+    mlp_ratio: float,
+    qkv_bias: bool,
+    qk_norm: bool,
+    drop: float,
+    attn_drop: float,
+    backend: str,
+) -> Stage:
+    """A stage of n blocks over windows: mixers first, attention in the last n // 2."""
+    depth = len(drop_path)
+    attention: Callable[[], nn.Module] = partial(
+        Attention, dim, num_heads, qkv_bias, qk_norm, attn_drop=attn_drop, proj_drop=drop
+    )
+    mamba: Callable[[], nn.Module] = partial(
+        MambaVisionMixer, dim, d_state=8, d_conv=3, expand=1, backend=backend
+    )
+    blocks = [
+        Block(
+            dim,
+            attention() if index >= depth - depth // 2 else mamba(),
+            mlp_ratio,
+            drop,
+            rate,
+            layer_scale,
+        )
+        for index, rate in enumerate(drop_path)
+    ]
+    return Stage(blocks, Downsample(dim) if downsample else None, window_size)

@@ -1,0 +1,155 @@
+"""MambaVisionMixer: the token mixer of MambaVision as a module.
+
+    xz     = W_in hidden                                  (batch, seqlen, 2 dim), dim = expand d_model / 2
+    x, z   = halves of xz
+    x, z   = silu(conv_x(x)), silu(conv_z(z))             depthwise, 'same' padding, not causal
+    dt_low, B, C = split(W_x x)                           dt_rank, d_state, d_state
+    delta  = W_dt dt_low
+    y      = selective_scan(x, delta, A, B, C, D)         A = -exp(A_log), step softplus(delta + 2 b_dt)
+    out    = W_out [y, z]                                 (batch, seqlen, d_model)
+
+The two projections are plain linear layers; all that lies between them is `ops.mixer`. A Mamba mixer
+gates y with z. Here z is a second, scan-free branch beside y, and neither branch is causal.
+
+Source: Hatamizadeh and Kautz, arXiv 2407.08083, section 3.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ops import mixer
+
+__all__ = ["MambaVisionMixer"]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _initial_dt(
+    dim: int, dt_min: float, dt_max: float, dt_init_floor: float, device: Any
+) -> Tensor:
+    """The bias b for which softplus(b) is log-uniform in dt_min .. dt_max, at least dt_init_floor."""
+    low, high = math.log(dt_min), math.log(dt_max)
+    dt = torch.exp(torch.rand(dim, device=device) * (high - low) + low).clamp(min=dt_init_floor)
+    # softplus inverted: log(e^dt - 1) = dt + log(1 - e^-dt), which loses nothing for a small dt.
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class MambaVisionMixer(nn.Module):
+    """Mixes the tokens of a sequence: (batch, seqlen, d_model) to the same shape.
+
+        out = W_out [selective_scan(silu(conv_x(x))), silu(conv_z(z))],   x, z = halves of W_in hidden
+
+    The arguments are the published ones, in their order. `dt_rank="auto"` is ceil(d_model / 16).
+    `conv_bias`, `use_fast_path` and `layer_idx` are accepted and change nothing: the published
+    convolutions have no bias whatever `conv_bias` says. `bias` gives in_proj and out_proj one.
+    `backend` is passed to `ops.mixer`: "auto", "triton" or "torch".
+
+    Initialisation of the steps is Mamba's: W_dt uniform in +-dt_scale / sqrt(dt_rank) (or constant,
+    `dt_init="constant"`), and a bias whose softplus is log-uniform in dt_min .. dt_max. The published
+    module adds that bias twice, so the first steps are smaller than that.
+
+    Activations may be float32, float16, bfloat16 or float64, with or without autocast; `out` is in the
+    dtype of a linear layer's output. -exp(A_log), D and the bias enter the scan in float32 (float64 for
+    float64 parameters) even after `.half()`. Raises ValueError for a wrong shape, TypeError for what is
+    no floating-point tensor.
+
+    >>> MambaVisionMixer(320, d_state=8, d_conv=3, expand=1)(torch.randn(2, 196, 320)).shape
+    torch.Size([2, 196, 320])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        inner = int(expand * d_model)
+        if isinstance(dt_rank, str) and dt_rank == "auto":
+            dt_rank = math.ceil(d_model / 16)
+        sizes = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "dt_rank": dt_rank}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"MambaVisionMixer: {name} must be an integer >= 1, got {size!r}")
+        if inner < 2 or inner % 2:
+            raise ValueError(
+                "MambaVisionMixer: expand * d_model must be even, its halves being the two "
+                f"branches, got {expand} * {d_model} = {inner}"
+            )
+        if dt_init not in ("random", "constant"):
+            raise ValueError(
+                f"MambaVisionMixer: dt_init must be 'random' or 'constant', got {dt_init!r}"
+            )
+        assert isinstance(dt_rank, int)
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.dt_rank, self.backend = dt_rank, backend
+        dim = inner // 2
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        self.in_proj = nn.Linear(d_model, inner, bias=bias, **made)
+        self.x_proj = nn.Linear(dim, dt_rank + 2 * d_state, bias=False, **made)
+        self.dt_proj = nn.Linear(dt_rank, dim, bias=True, **made)
+        # Modules for the sake of their parameters' names; the operator convolves.
+        self.conv1d_x = nn.Conv1d(dim, dim, d_conv, groups=dim, bias=False, **made)
+        self.conv1d_z = nn.Conv1d(dim, dim, d_conv, groups=dim, bias=False, **made)
+        self.out_proj = nn.Linear(inner, d_model, bias=bias, **made)
+
+        with torch.no_grad():
+            scale = dt_scale / math.sqrt(dt_rank)
+            if dt_init == "constant":
+                self.dt_proj.weight.fill_(scale)
+            else:
+                self.dt_proj.weight.uniform_(-scale, scale)
+            self.dt_proj.bias.copy_(_initial_dt(dim, dt_min, dt_max, dt_init_floor, device))
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        states = torch.arange(1, d_state + 1, device=device, dtype=wide)
+        self.A_log = nn.Parameter(states.log().repeat(dim, 1))
+        self.D = nn.Parameter(torch.ones(dim, device=device, dtype=wide))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
+            got = getattr(hidden_states, "dtype", type(hidden_states).__name__)
+            raise TypeError(
+                f"MambaVisionMixer: hidden_states must be a floating-point tensor, got {got}"
+            )
+        if hidden_states.dim() != 3 or hidden_states.shape[2] != self.d_model:
+            raise ValueError(
+                "MambaVisionMixer: hidden_states must have shape (batch, seqlen, d_model) = "
+                f"(batch, seqlen, {self.d_model}), got {tuple(hidden_states.shape)}"
+            )
+        yz = mixer(
+            self.in_proj(hidden_states),
+            self.conv1d_x.weight,
+            self.conv1d_z.weight,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            -torch.exp(_at_least_float32(self.A_log)),
+            _at_least_float32(self.D),
+            # The published models add the bias twice: in dt_proj, and again inside the softplus.
+            2 * _at_least_float32(self.dt_proj.bias),
+            backend=self.backend,
+        )
+        return self.out_proj(yz)
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, expand={self.expand}"
