@@ -1,8 +1,9 @@
 """What the backbone is built of, from the stem to a stage.
 
-Maps are (batch, channels, height, width); tokens are (batch x windows, positions, channels). Stages 1
-and 2 convolve maps, stages 3 and 4 mix tokens: windows of the map become sequences, and are put back
-at the end of the stage. Names of parameters and buffers are those of the published checkpoints.
+Maps are (batch, channels, height, width); tokens are (batch x windows, positions, channels). Stages
+1 and 2 convolve maps, stages 3 and 4 mix tokens: windows of the map become sequences, and are put
+back at the end of the stage. Names of parameters and buffers are those of the published
+checkpoints.
 
 Source: Hatamizadeh and Kautz, arXiv 2407.08083, section 3.
 """
@@ -36,7 +37,7 @@ __all__ = [
 
 
 class DropPath(nn.Module):
-    """Leaves out a residual branch, entry by entry of the batch: x m / (1 - p), m ~ Bernoulli(1 - p).
+    """Leaves out a residual branch, entry by entry: x m / (1 - p) with m ~ Bernoulli(1 - p).
 
     Only while training. Source: Huang et al., arXiv 1603.09382.
     """
@@ -216,13 +217,14 @@ def from_windows(x: Tensor, size: int, height: int, width: int) -> Tensor:
 def _batch_statistics_kept(module: nn.Module) -> Iterator[None]:
     """Batch norms normalise as they did, but do not count the same batch a second time."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _contexts(
@@ -233,16 +235,18 @@ def _contexts(
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, then, unless it is the last stage, half of it and twice the channels.
+    """Blocks at one resolution, then, except in the last stage, half of it with twice the channels.
 
     (batch, dim, height, width) to a pair: the map after the blocks, of the same shape, and what the
     next stage reads, (batch, 2 dim, height / 2, width / 2) rounded up, or None.
 
-    `window_size=None` says that the blocks take maps. With `grad_checkpointing` each block keeps only
-    its input for the backward pass and runs again there.
+    `window_size=None` says that the blocks take maps. With `grad_checkpointing` each block keeps
+    only its input for the backward pass and runs again there.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, window_size: int | None):
+    def __init__(
+        self, blocks: Sequence[nn.Module], downsample: nn.Module | None, window_size: int | None
+    ):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample

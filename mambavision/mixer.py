@@ -1,15 +1,14 @@
 """MambaVisionMixer: the token mixer of MambaVision as a module.
 
-    xz     = W_in hidden                                  (batch, seqlen, 2 dim), dim = expand d_model / 2
-    x, z   = halves of xz
-    x, z   = silu(conv_x(x)), silu(conv_z(z))             depthwise, 'same' padding, not causal
-    dt_low, B, C = split(W_x x)                           dt_rank, d_state, d_state
-    delta  = W_dt dt_low
-    y      = selective_scan(x, delta, A, B, C, D)         A = -exp(A_log), step softplus(delta + 2 b_dt)
-    out    = W_out [y, z]                                 (batch, seqlen, d_model)
+    xz     = W_in hidden                                  (batch, seqlen, 2 dim), dim = expand
+    d_model / 2 x, z   = halves of xz x, z   = silu(conv_x(x)), silu(conv_z(z))
+    depthwise, 'same' padding, not causal dt_low, B, C = split(W_x x)
+    dt_rank, d_state, d_state delta  = W_dt dt_low y      = selective_scan(x, delta, A, B, C, D)
+    A = -exp(A_log), step softplus(delta + 2 b_dt) out    = W_out [y, z]
+    (batch, seqlen, d_model)
 
-The two projections are plain linear layers; all that lies between them is `ops.mixer`. A Mamba mixer
-gates y with z. Here z is a second, scan-free branch beside y, and neither branch is causal.
+The two projections are plain linear layers; all that lies between them is `ops.mixer`. A Mamba
+mixer gates y with z. Here z is a second, scan-free branch beside y, and neither branch is causal.
 
 Source: Hatamizadeh and Kautz, arXiv 2407.08083, section 3.
 """
@@ -32,7 +31,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _initial_dt(
     dim: int, dt_min: float, dt_max: float, dt_init_floor: float, device: Any
 ) -> Tensor:
-    """The bias b for which softplus(b) is log-uniform in dt_min .. dt_max, at least dt_init_floor."""
+    """A bias whose softplus is log-uniform in dt_min .. dt_max and at least dt_init_floor."""
     low, high = math.log(dt_min), math.log(dt_max)
     dt = torch.exp(torch.rand(dim, device=device) * (high - low) + low).clamp(min=dt_init_floor)
     # softplus inverted: log(e^dt - 1) = dt + log(1 - e^-dt), which loses nothing for a small dt.
@@ -42,7 +41,8 @@ def _initial_dt(
 class MambaVisionMixer(nn.Module):
     """Mixes the tokens of a sequence: (batch, seqlen, d_model) to the same shape.
 
-        out = W_out [selective_scan(silu(conv_x(x))), silu(conv_z(z))],   x, z = halves of W_in hidden
+        out = W_out [selective_scan(silu(conv_x(x))), silu(conv_z(z))],   x, z = halves of W_in
+        hidden
 
     The arguments are the published ones, in their order. `dt_rank="auto"` is ceil(d_model / 16).
     `conv_bias`, `use_fast_path` and `layer_idx` are accepted and change nothing: the published
@@ -50,13 +50,13 @@ class MambaVisionMixer(nn.Module):
     `backend` is passed to `ops.mixer`: "auto", "triton" or "torch".
 
     Initialisation of the steps is Mamba's: W_dt uniform in +-dt_scale / sqrt(dt_rank) (or constant,
-    `dt_init="constant"`), and a bias whose softplus is log-uniform in dt_min .. dt_max. The published
-    module adds that bias twice, so the first steps are smaller than that.
+    `dt_init="constant"`), and a bias whose softplus is log-uniform in dt_min .. dt_max. The
+    published module adds that bias twice, so the first steps are smaller than that.
 
-    Activations may be float32, float16, bfloat16 or float64, with or without autocast; `out` is in the
-    dtype of a linear layer's output. -exp(A_log), D and the bias enter the scan in float32 (float64 for
-    float64 parameters) even after `.half()`. Raises ValueError for a wrong shape, TypeError for what is
-    no floating-point tensor.
+    Activations may be float32, float16, bfloat16 or float64, with or without autocast; `out` is in
+    the dtype of a linear layer's output. -exp(A_log), D and the bias enter the scan in float32
+    (float64 for float64 parameters) even after `.half()`. Raises ValueError for a wrong shape,
+    TypeError for what is no floating-point tensor.
 
     >>> MambaVisionMixer(320, d_state=8, d_conv=3, expand=1)(torch.randn(2, 196, 320)).shape
     torch.Size([2, 196, 320])
@@ -152,4 +152,5 @@ class MambaVisionMixer(nn.Module):
         return self.out_proj(yz)
 
     def extra_repr(self) -> str:
-        return f"d_model={self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, expand={self.expand}"
+        names = ("d_model", "d_state", "d_conv", "expand")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)

@@ -1,11 +1,11 @@
 """MambaVision: stem, four stages, head.
 
-    stem      (batch, in_chans, H, W)    -> (batch, dim, H/4, W/4)           two strided convolutions
-    stage 1   convolution blocks            (batch, dim, H/4, W/4)           then half the size,
-    stage 2   convolution blocks            (batch, 2 dim, H/8, W/8)         twice the channels
-    stage 3   mixers, then attention        (batch, 4 dim, H/16, W/16)       in windows
-    stage 4   mixers, then attention        (batch, 8 dim, H/32, W/32)       in windows
-    head      batch norm, mean over positions, linear -> (batch, num_classes)
+    stem      (batch, in_chans, H, W)    -> (batch, dim, H/4, W/4)           two strided
+    convolutions stage 1   convolution blocks            (batch, dim, H/4, W/4)           then half
+    the size, stage 2   convolution blocks            (batch, 2 dim, H/8, W/8)         twice the
+    channels stage 3   mixers, then attention        (batch, 4 dim, H/16, W/16)       in windows
+    stage 4   mixers, then attention        (batch, 8 dim, H/32, W/32)       in windows head
+    batch norm, mean over positions, linear -> (batch, num_classes)
 
 Sizes are rounded up, so any height and width from 32 pixels on will do, square or not.
 
@@ -56,8 +56,8 @@ class MambaVision(nn.Module):
         logits = head(mean(norm(stage4(stage3(stage2(stage1(stem(x))))))))
 
     x is (batch, in_chans, height, width), floating point, height and width at least 32; logits are
-    (batch, num_classes). Sequences of arguments hold one entry per stage; `num_heads` and `window_size`
-    count for stages 3 and 4. `create_model` knows the published sizes.
+    (batch, num_classes). Sequences of arguments hold one entry per stage; `num_heads` and
+    `window_size` count for stages 3 and 4. `create_model` knows the published sizes.
 
     `layer_scale` and `layer_scale_conv` are the initial factors on the branches of token and
     convolution blocks, None for no such parameters. `drop_path_rate` is that of the last block; the
@@ -189,8 +189,8 @@ class MambaVision(nn.Module):
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """Images to the four stages' maps, for dense tasks.
 
-        Each is what its stage's blocks return, before the downsampling: (batch, 2^i dim, H / 2^(i+2),
-        W / 2^(i+2)), sizes rounded up, i = 0 .. 3. The last one is not normalised.
+        Each is what its stage's blocks return, before the downsampling: (batch, 2^i dim, H /
+        2^(i+2), W / 2^(i+2)), sizes rounded up, i = 0 .. 3. The last one is not normalised.
         """
         self._check_input(x)
         maps: list[Tensor] = []
@@ -205,7 +205,7 @@ class MambaVision(nn.Module):
         return self.norm(self.forward_stages(x)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map of `forward_features` to logits, or, with `pre_logits`, to its mean (batch, 8 dim)."""
+        """The map of `forward_features` to logits or, with `pre_logits`, to its mean."""
         if self.global_pool == "avg":
             x = x.mean((2, 3))
         return x if pre_logits else self.head(x)
@@ -222,8 +222,8 @@ class MambaVision(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new last layer, on the same device and in the same dtype; 0 classes: none.
 
-        `global_pool` is "avg", or "" for maps instead of means, which only 0 classes allow; None leaves
-        it as it is.
+        `global_pool` is "avg", or "" for maps instead of means, which only 0 classes allow; None
+        leaves it as it is.
         """
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 0:
             raise ValueError(

@@ -9,6 +9,7 @@ from functools import wraps
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -46,6 +47,8 @@ def _poisoned(allocate):
 @pytest.fixture(scope="session", autouse=True)
 def nan_poison():
     """Fresh memory holds NaN, so that whatever a kernel leaves unwritten is seen."""
+    # `with torch.device(...)` knows constructors by identity: let it note the unpatched ones
+    _device_constructors()
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
             (torch, "empty"),
