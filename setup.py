@@ -12,8 +12,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 
 # The oldest releases that the tests pass with.
-OLDEST_TORCH = "2.11"
-OLDEST_TRITON = "3.6"
+OLDEST_TORCH = "2.8"
+OLDEST_TRITON = "3.4"
 
 EXTRAS = {
     "demo": ["matplotlib>=3.8", "scikit-learn>=1.4", "tqdm>=4.60"],

@@ -73,7 +73,7 @@ def _read_checkpoint(path: Path) -> Any:
             ) from error
         raise ValueError(f"load_checkpoint: {path} is damaged or truncated: {error}") from error
     except PermissionError as error:
-        raise PermissionError(f"load_checkpoint: {path} cannot be read: permission denied") from error
+        raise PermissionError(f"load_checkpoint: no permission to read {path}") from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         if isinstance(error, RuntimeError) and "pip install" in str(error):
             raise
