@@ -119,24 +119,29 @@ def _finite(x: Tensor) -> bool:
     return cmath.isfinite(x.sum().item())
 
 
-# A block: some batch entries, some chunks
+# B and C
 
 
 class _Coefficient:
-    """B or C over a block's steps, (rows, steps, dstate, groups, channels); 1 where it is constant.
+    """B or C, (rows, steps, dstate, groups, channels), with 1 where it does not vary.
 
-    `plain`: the usual one, without groups and channels; its sums are small matrix products.
+    plain: without groups and channels, the usual one; its sums are small matrix products.
+    constant: over rows and steps.
     """
 
-    def __init__(self, B: Tensor, plain: bool = False):
-        self.B, self.plain = B, plain
-        self.groups = B.shape[3]
+    def __init__(self, B: Tensor, plain: bool, constant: bool):
+        self.B, self.plain, self.constant = B, plain, constant
+
+    def at(self, time: slice) -> "_Coefficient":
+        return self if self.constant else _Coefficient(self.B[:, time], self.plain, False)
 
     def conj(self) -> "_Coefficient":
-        return _Coefficient(_conj(self.B), self.plain) if self.B.is_complex() else self
+        if not self.B.is_complex():
+            return self
+        return _Coefficient(_conj(self.B), self.plain, self.constant)
 
     def split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], self.groups, -1)
+        return x.view(*x.shape[:-1], self.B.shape[3], -1)
 
     def outer(self, x: Tensor, out: Tensor) -> Tensor:
         """B_n x_d, (rows, steps, dstate, dim)."""
@@ -146,8 +151,8 @@ class _Coefficient:
     def contract(self, h: Tensor) -> Tensor:
         """<B, h> over the states, (rows, steps, dim)."""
         if self.plain:
-            rows = self.B[..., 0].flatten(0, 1).mT
-            return torch.bmm(rows, h.flatten(0, 1)).view(h[:, :, 0].shape)
+            B = self.B[..., 0].flatten(0, 1).mT
+            return torch.bmm(B, h.flatten(0, 1)).view(h[:, :, 0].shape)
         return (self.split(h) * self.B).sum(2).flatten(2)
 
     def grad(self, g: Tensor, x: Tensor) -> Tensor:
@@ -158,16 +163,19 @@ class _Coefficient:
         return (self.split(g) * self.split(x).unsqueeze(2)).sum_to_size(self.B.shape)
 
 
+# How the work is cut: the batch into slices, time into chunks, slice and chunks into blocks
+
+
 class _Scan:
-    """The arguments, and how work is cut: `entries` batch entries and `group` chunks a block."""
+    """The arguments, and the sizes of what they are cut into."""
 
     def __init__(
         self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-        z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, reverse: bool,
+        delta_bias: Tensor | None, delta_softplus: bool, reverse: bool,
     ):  # fmt: skip
         self.real = work_dtype(u)
         self.dtype = self.real.to_complex() if A.is_complex() else self.real
-        self.u, self.delta, self.B, self.C, self.z = u, delta, B, C, z
+        self.u, self.delta, self.B, self.C = u, delta, B, C
         self.A = A.t().to(self.dtype).contiguous()  # (dstate, dim)
         self.D = None if D is None else D.to(self.real)
         self.delta_bias = None if delta_bias is None else delta_bias.to(self.real)
@@ -176,6 +184,7 @@ class _Scan:
         self.dstate = A.shape[1]
         self.steps = chunk_length(self.seqlen)
         self.chunks = -(-self.seqlen // self.steps)
+        self.padding = self.chunks * self.steps - self.seqlen
         state = self.dim * self.dstate
         slices = max(1, math.ceil(self.batch * self.steps * state / BLOCK_ELEMENTS))
         self.entries = max(1, math.ceil(self.batch / slices))
@@ -184,12 +193,9 @@ class _Scan:
         self.group = min(self.chunks, beside)
         self.memory: dict[str, Tensor] = {}
 
-    def blocks(self, backward: bool) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
-        """Batch entries, each with its (first chunk, chunks) in the order of the recurrence."""
-        firsts = range(0, self.chunks, self.group)
-        groups = [(c, min(self.group, self.chunks - c)) for c in firsts]
+    def slices(self) -> Iterator["_Slice"]:
         for b in range(0, self.batch, self.entries):
-            yield slice(b, b + self.entries), groups[::-1] if self.reverse != backward else groups
+            yield _Slice(self, slice(b, min(b + self.entries, self.batch)))
 
     def buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Uninitialised; every block takes the same memory, which is then in the cache."""
@@ -199,46 +205,73 @@ class _Scan:
         return self.memory[name][: math.prod(shape)].view(shape)
 
 
-class _Block:
-    """All steps of a block: dt, the decays a = exp(dt A), and h, which is dt B u until `run`."""
+class _Slice:
+    """Some batch entries over all time: everything that has no axis of states."""
 
-    def __init__(self, scan: _Scan, rows: slice, first: int, count: int):
-        self.scan, self.rows, self.count = scan, rows, count
-        self.padded = count * scan.steps
-        self.start = first * scan.steps
-        self.time = slice(self.start, min(self.start + self.padded, scan.seqlen))
-        self.valid = self.time.stop - self.time.start
-        self.order = range(count)[::-1] if scan.reverse else range(count)
-        self.u = self.load(scan.u)
-        self.x = self.load(scan.delta)
+    def __init__(self, scan: _Scan, rows: slice):
+        self.scan, self.rows = scan, rows
+        self.u, self.x = self.load(scan.u), self.load(scan.delta)
         if scan.delta_bias is not None:
             self.x = self.x + scan.delta_bias
         # Beyond 40, softplus(x) is x in double precision too
         self.dt = F.softplus(self.x, threshold=40.0) if scan.delta_softplus else self.x
-        if self.valid < self.padded:
+        if scan.padding:
             # No time passes behind the end of the sequence, and so the state stays
-            self.dt = F.pad(self.dt[:, : self.valid], (0, 0, 0, self.padded - self.valid))
+            self.dt = F.pad(self.dt[:, : scan.seqlen], (0, 0, 0, scan.padding))
         self.dtu = self.dt * self.u
         self.B, self.C = self.coefficient(scan.B), self.coefficient(scan.C)
+
+    def load(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x (batch, seqlen, ...) of the slice; zeros behind the end, up to that of the chunks."""
+        x = x[self.rows].to(dtype or self.scan.real)
+        padding = [0, 0] * (x.dim() - 2) + [0, self.scan.padding]
+        return F.pad(x, padding) if self.scan.padding else x
+
+    def store(self, target: Tensor, x: Tensor) -> None:
+        target[self.rows] = x[:, : self.scan.seqlen]
+
+    def coefficient(self, B: Tensor) -> _Coefficient:
+        if B.dim() == 2:
+            return _Coefficient(B.t().to(self.scan.dtype)[None, None, :, None], False, True)
+        B = self.load(B, self.scan.dtype)
+        if B.dim() == 3:
+            return _Coefficient(B[..., None, None], True, False)
+        return _Coefficient(B.transpose(2, 3).unsqueeze(-1), False, False)
+
+    def blocks(self, backward: bool) -> Iterator["_Block"]:
+        """In the order of the recurrence."""
+        firsts = range(0, self.scan.chunks, self.scan.group)
+        for first in reversed(firsts) if self.scan.reverse != backward else firsts:
+            yield _Block(self, first, min(self.scan.group, self.scan.chunks - first))
+
+    def gather(self, blocks: dict[int, Tensor]) -> Tensor:
+        """Results of the blocks, by first chunk, as one (rows, steps, ...)."""
+        parts = [blocks[first] for first in sorted(blocks)]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return x.real if x.is_complex() else x
+
+    def output(self, y: Tensor) -> Tensor:
+        """y before the gate, from <C, h>; overwrites it."""
+        if self.scan.dtype.is_complex:
+            y = 2 * y
+        return y if self.scan.D is None else y.addcmul_(self.u, self.scan.D)
+
+
+class _Block:
+    """Some chunks of a slice: the decays a = exp(dt A), and h, which is dt B u until `run`."""
+
+    def __init__(self, part: _Slice, first: int, count: int):
+        scan = self.scan = part.scan
+        self.first, self.count = first, count
+        self.chunks = slice(first, first + count)
+        self.time = slice(first * scan.steps, (first + count) * scan.steps)
+        self.dt, self.dtu = part.dt[:, self.time], part.dtu[:, self.time]
+        self.B, self.C = part.B.at(self.time), part.C.at(self.time)
+        self.order = range(count)[::-1] if scan.reverse else range(count)
         self.shape = (*self.dt.shape[:2], scan.dstate, scan.dim)
         self.a = torch.mul(self.dt.unsqueeze(2), scan.A, out=scan.buffer("a", self.shape)).exp_()
         self.h = self.B.outer(self.dtu, out=scan.buffer("h", self.shape))
         self.decays, self.values = self.steps(self.a), self.steps(self.h)
-
-    def load(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """x (batch, seqlen, ...) at the block's steps; zeros behind the end of the sequence."""
-        x = x[self.rows, self.time].to(dtype or self.scan.real)
-        if self.valid < self.padded:
-            x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, self.padded - self.valid])
-        return x
-
-    def coefficient(self, B: Tensor) -> _Coefficient:
-        if B.dim() == 2:
-            return _Coefficient(B.t().to(self.scan.dtype)[None, None, :, None, :])
-        B = self.load(B, self.scan.dtype)
-        if B.dim() == 3:
-            return _Coefficient(B[..., None, None], plain=True)
-        return _Coefficient(B.transpose(2, 3).unsqueeze(-1))
 
     def by_chunk(self, x: Tensor) -> Tensor:
         return x.view(x.shape[0], self.count, self.scan.steps, *x.shape[2:])
@@ -286,7 +319,7 @@ class _Block:
         _sweep(decays, values)
         return (first * values[-1])[:, order[-1]]
 
-    def before(self, starts: Tensor) -> Tensor:
+    def what_is_left(self, starts: Tensor) -> Tensor:
         """p = a h_{t-1}, in the memory of a."""
         a, h = self.by_chunk(self.a), self.by_chunk(self.h)
         self.decays[0].mul_(starts)
@@ -296,51 +329,17 @@ class _Block:
             a[:, :, 1:].mul_(h[:, :, :-1])
         return self.a
 
-    def output(self) -> Tensor:
-        """y before the gate."""
-        y = self.C.contract(self.h)
-        if y.is_complex():
-            y = 2 * y.real
-        return y if self.scan.D is None else y.addcmul_(self.u, self.scan.D)
-
-    def store(self, target: Tensor, x: Tensor) -> None:
-        target[self.rows, self.time] = x[:, : self.valid]
-
-    def store_coefficient(self, dB: Tensor, grad: Tensor) -> None:
-        """A gradient from `_Coefficient.grad` into that of B or C."""
-        if dB.dim() == 2:
+    def add_coefficient_grad(self, dB: Tensor, coefficient: _Coefficient, grad: Tensor) -> None:
+        """A gradient from `_Coefficient.grad` to that of the slice's rows of an argument."""
+        if coefficient.constant:
             dB += grad[0, 0, :, 0].t()
         else:
-            self.store(dB, grad[..., 0, 0] if dB.dim() == 3 else grad[..., 0].transpose(2, 3))
+            target = dB[:, self.time]
+            grad = grad[:, : target.shape[1], :, :, 0].transpose(2, 3)
+            target.copy_(grad.view(target.shape))
 
 
 # Forward and backward
-
-
-@plainly
-def selective_scan_fwd(
-    u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, save_states, y=None
-):
-    """(y, last_state, states); states is empty unless `save_states`. y goes into `y`, if given."""
-    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-    y = u.new_empty(u.shape) if y is None else y
-    last_state = u.new_empty(scan.batch, scan.dim, scan.dstate, dtype=scan.dtype)
-    shape = states_shape(scan.batch, scan.seqlen, scan.dim, scan.dstate)
-    states = u.new_empty(shape if save_states else 0, dtype=scan.dtype)
-    for rows, groups in scan.blocks(backward=False):
-        state = _entering(initial_state, last_state, rows)
-        for first, count in groups:
-            block = _Block(scan, rows, first, count)
-            starts = block.starts(state)
-            if save_states:
-                states[rows, first : first + count] = starts
-            state = block.run(starts)
-            out = block.output()
-            if z is not None:
-                out *= F.silu(block.load(z))
-            block.store(y, out)
-        last_state[rows] = state.mT
-    return y, last_state, states
 
 
 def _entering(state: Tensor | None, like: Tensor, rows: slice) -> Tensor:
@@ -349,50 +348,84 @@ def _entering(state: Tensor | None, like: Tensor, rows: slice) -> Tensor:
 
 
 @plainly
+def selective_scan_fwd(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, save_states, y=None
+):
+    """(y, last_state, states); states is empty unless `save_states`. y goes into `y`, if given."""
+    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
+    y = u.new_empty(u.shape) if y is None else y
+    last_state = u.new_empty(scan.batch, scan.dim, scan.dstate, dtype=scan.dtype)
+    shape = states_shape(scan.batch, scan.seqlen, scan.dim, scan.dstate)
+    states = u.new_empty(shape if save_states else 0, dtype=scan.dtype)
+    for part in scan.slices():
+        state = _entering(initial_state, last_state, part.rows)
+        Ch = {}
+        for block in part.blocks(backward=False):
+            starts = block.starts(state)
+            if save_states:
+                states[part.rows, block.chunks] = starts
+            state = block.run(starts)
+            Ch[block.first] = block.C.contract(block.h)
+        out = part.output(part.gather(Ch))
+        if z is not None:
+            out *= F.silu(part.load(z))
+        part.store(y, out)
+        last_state[part.rows] = state.mT
+    return y, last_state, states
+
+
+@plainly
 def selective_scan_bwd(
     dy, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, states, delta_softplus,
     reverse,
 ):  # fmt: skip
     """(du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None where the argument is."""
-    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    scan = _Scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
     du, ddelta = u.new_empty(u.shape), delta.new_empty(delta.shape)
     dz = None if z is None else z.new_empty(z.shape)
     dA, A_conj = torch.zeros_like(scan.A), _conj(scan.A)
     dB, dC = (x.new_zeros(x.shape, dtype=scan.dtype) for x in (B, C))
     dD, ddelta_bias = (u.new_zeros(scan.dim, dtype=scan.real) for _ in range(2))
     dinitial_state = u.new_empty(scan.batch, scan.dim, scan.dstate, dtype=scan.dtype)
-    for rows, groups in scan.blocks(backward=True):
+    for part in scan.slices():
+        rows = part.rows
+        dout = dgated = part.load(dy)
+        if z is not None:
+            gate = part.load(z)
+            dout = dgated * F.silu(gate)
+        dh = 2 * dout if A.is_complex() else dout
+        dB_rows, dC_rows = (x if x.dim() == 2 else x[rows] for x in (dB, dC))
         carry = _entering(dlast_state, dinitial_state, rows)
-        for first, count in groups:
-            block = _Block(scan, rows, first, count)
-            starts = states[rows, first : first + count]
+        Ch, Ap, Bg = {}, {}, {}
+        for block in part.blocks(backward=True):
+            starts = states[rows, block.chunks]
             block.run(starts)
-            dout = block.load(dy)
-            if dz is not None:
-                gate = block.load(z)
-                block.store(dz, silu_backward(dout * block.output(), gate))
-                dout = dout * F.silu(gate)
-            dh = 2 * dout if A.is_complex() else dout
-            block.store_coefficient(dC, block.C.grad(_conj(block.h), dh))
-            g = block.C.conj().outer(dh, out=scan.buffer("g", block.shape))
+            if z is not None:
+                Ch[block.first] = block.C.contract(block.h)
+            dh_block = dh[:, block.time]
+            block.add_coefficient_grad(dC_rows, part.C, block.C.grad(_conj(block.h), dh_block))
+            g = block.C.conj().outer(dh_block, out=scan.buffer("g", block.shape))
             carry = block.run_back(g, carry)
-            block.store_coefficient(dB, block.B.grad(g, block.dtu))
-            gB = block.B.conj().contract(g)
-            q = _conj(block.before(starts)).mul_(g)
-            # h has served
-            gA = torch.mul(q, A_conj, out=block.h).sum(2)
-            dA += torch.mul(q, block.dt.unsqueeze(2), out=block.h).sum((0, 1))
-            gA, gB = (gA.real, gB.real) if A.is_complex() else (gA, gB)
-            ddt = gA.addcmul_(block.u, gB)
-            dx = ddt.mul_(torch.sigmoid(block.x)) if delta_softplus else ddt
-            block.store(ddelta, dx)
-            ddelta_bias += dx[:, : block.valid].sum((0, 1))
-            gu = block.dt * gB
-            if scan.D is not None:
-                gu.addcmul_(dout, scan.D)
-                dD += (dout * block.u).sum((0, 1))
-            block.store(du, gu)
+            block.add_coefficient_grad(dB_rows, part.B, block.B.grad(g, block.dtu))
+            Bg[block.first] = block.B.conj().contract(g)
+            pg = _conj(block.what_is_left(starts)).mul_(g)
+            # h has served: its memory takes the products
+            Ap[block.first] = torch.mul(pg, A_conj, out=block.h).sum(2)
+            dA += torch.mul(pg, block.dt.unsqueeze(2), out=block.h).sum((0, 1))
         dinitial_state[rows] = carry.mT
+        gB = part.gather(Bg)
+        ddt = part.gather(Ap).addcmul_(part.u, gB)
+        if delta_softplus:
+            ddt *= torch.sigmoid(part.x)
+        part.store(ddelta, ddt)
+        ddelta_bias += ddt[:, : scan.seqlen].sum((0, 1))
+        gu = part.dt * gB
+        if scan.D is not None:
+            gu.addcmul_(dout, scan.D)
+            dD += (dout * part.u).sum((0, 1))
+        part.store(du, gu)
+        if dz is not None:
+            part.store(dz, silu_backward(dgated * part.output(part.gather(Ch)), gate))
     return (
         du,
         ddelta,
