@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+REQUIREMENTS ?= requirements-dev.txt
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
@@ -17,13 +18,14 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test test-fast lint static-report bench clean
+.PHONY: help demo test test-fast test-oldest lint static-report bench clean
 
 help:
 	@echo 'make demo           check the operators here, train on handwritten digits, write a report'
 	@echo '                      DEMO_ARGS="--epochs 2 --device cpu"'
 	@echo 'make test           every test, the slow ones included; TEST_ARGS="-k mixer"'
 	@echo 'make test-fast      the tests without the slow ones'
+	@echo 'make test-oldest    the same with the oldest torch and Triton supported (gigabytes)'
 	@echo 'make lint           ruff and mypy'
 	@echo 'make static-report  registers, spills and instructions of every kernel; needs no GPU'
 	@echo 'make bench          every benchmark'
@@ -31,10 +33,10 @@ help:
 	@echo 'PYTHON=python3.12   another interpreter;  VENV=  use it as it is and install nothing'
 
 # Re-made when the pinned tools or the package's dependencies change.
-$(VENV)/.ready: requirements-dev.txt setup.py pyproject.toml
+$(VENV)/.ready: $(REQUIREMENTS) setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "make: Python 3.10 to 3.13 is needed, $(PYTHON) is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -49,6 +51,10 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(PYTEST) -m 'not slow' $(TEST_ARGS)
+
+# In an environment of its own; the static budgets hold for the pinned Triton.
+test-oldest:
+	$(MAKE) test-fast VENV=.venv-oldest REQUIREMENTS=requirements-oldest.txt
 
 lint: $(READY)
 	$(PY) -m ruff check .
