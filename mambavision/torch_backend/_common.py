@@ -28,6 +28,19 @@ def plainly(function: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a backward pass raise under create_graph. torch's once_differentiable lets it through
+    where the output's gradient is a constant, and then drops the second derivative silently."""
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a second derivative (create_graph=True) is not implemented")
+        return backward(ctx, *grads)
+
+    return checked
+
+
 def cast(x: Tensor | None, like: Tensor | None) -> Tensor | None:
     """Gradient x in the dtype of its argument; the real part where that is real."""
     if x is None or like is None:

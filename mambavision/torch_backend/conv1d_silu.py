@@ -18,9 +18,8 @@ Source: the convolution of the MambaVision mixer, arXiv 2407.08083, section 3.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._common import plainly, silu_backward, work_dtype
+from ._common import first_derivative_only, plainly, silu_backward, work_dtype
 
 
 def _shifted(x: Tensor, shift: int) -> tuple[slice, slice]:
@@ -91,7 +90,7 @@ class Conv1dSilu(torch.autograd.Function):
         return conv1d_silu_fwd(x, weight, bias, activation)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dy):
         return *conv1d_silu_bwd(dy, *ctx.saved_tensors, ctx.activation), None
 

@@ -17,9 +17,8 @@ xz's dtype. Source: arXiv 2407.08083, section 3.
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from ._common import cast, plainly, work_dtype
+from ._common import cast, first_derivative_only, plainly, work_dtype
 from .conv1d_silu import conv1d_silu_bwd, conv1d_silu_fwd
 from .selective_scan import selective_scan_bwd, selective_scan_fwd
 
@@ -89,7 +88,7 @@ class Mixer(torch.autograd.Function):
         return yz
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dyz):
         return mixer_bwd(dyz, *ctx.saved_tensors)
 

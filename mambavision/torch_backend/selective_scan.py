@@ -40,9 +40,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._common import cast, plainly, silu_backward, work_dtype
+from ._common import cast, first_derivative_only, plainly, silu_backward, work_dtype
 
 # Elements of a call (batch entries x chunks x dim x dstate). A step of ALONE_ELEMENTS is worth a
 # call without other chunks beside it; below, chunks are added up to GROUP_ELEMENTS, from where on
@@ -451,7 +450,7 @@ class SelectiveScan(torch.autograd.Function):
         return y, last_state
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dy, dlast_state):
         *inputs, states = ctx.saved_tensors
         if dy is None:
