@@ -14,85 +14,98 @@ __all__ = ["check_conv1d_silu", "check_mixer", "check_selective_scan"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
+CONV_WEIGHT = (("dim", "width"), ("dim", "1", "width"))
 
-def _shape_text(shape: Iterable[Any]) -> str:
+
+def _text(shape: Iterable[Any]) -> str:
     axes = [str(axis) for axis in shape]
     return "(" + ", ".join(axes) + ("," if len(axes) == 1 else "") + ")"
 
 
-def _check_dtype(op: str, name: str, x: Any, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in dtypes:
-        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(
-            f"{op}: {name} must have one of the dtypes {names}, "
-            f"got {str(x.dtype).removeprefix('torch.')}"
+def _dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _Check:
+    """Checks the arguments of one call in turn; the sizes of the first ones bind the others."""
+
+    def __init__(self, op: str):
+        self.op = op
+        self.sizes: dict[str, int] = {"1": 1}
+        self.first: tuple[str, torch.device] | None = None
+
+    def tensor(
+        self, name: str, x: Any, *layouts: tuple[str, ...], dtypes: tuple[torch.dtype, ...] = FLOATS
+    ) -> None:
+        """x is a tensor of one of the dtypes and layouts, on the device of the first tensor."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{self.op}: {name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in dtypes:
+            names = ", ".join(map(_dtype_text, dtypes))
+            raise TypeError(
+                f"{self.op}: {name} must have one of the dtypes {names}, got {_dtype_text(x.dtype)}"
+            )
+        if not self._fits(x.shape, layouts):
+            self.refuse_shape(name, x, layouts)
+        if self.first is None:
+            self.first = name, x.device
+        elif x.device != self.first[1]:
+            raise ValueError(
+                f"{self.op}: all tensors must be on one device, "
+                f"got {self.first[0]} on {self.first[1]} and {name} on {x.device}"
+            )
+
+    def optional(self, name: str, x: Any, *layouts: tuple[str, ...], **options: Any) -> None:
+        if x is not None:
+            self.tensor(name, x, *layouts, **options)
+
+    def _fits(self, shape: torch.Size, layouts: tuple[tuple[str, ...], ...]) -> bool:
+        """One layout has this rank and, axis by axis, these sizes; unknown sizes may be any."""
+        for axes in layouts:
+            if len(axes) == len(shape):
+                for axis, size in zip(axes, shape, strict=True):
+                    if self.sizes.get(axis, size) != size:
+                        break
+                else:
+                    return True
+        return False
+
+    def refuse_shape(self, name: str, x: Tensor, layouts: tuple[tuple[str, ...], ...]) -> None:
+        of_rank = [axes for axes in layouts if len(axes) == x.dim()]
+        texts = []
+        for axes in of_rank or layouts:
+            names, known = _text(axes), _text(self.sizes.get(axis, axis) for axis in axes)
+            texts.append(names if names == known else f"{names} = {known}")
+        raise ValueError(
+            f"{self.op}: {name} must have shape {' or '.join(texts)}, got {_text(x.shape)}"
         )
 
-
-def _layout_text(axes: tuple[str, ...], sizes: dict[str, int]) -> str:
-    names, known = _shape_text(axes), _shape_text(sizes.get(axis, axis) for axis in axes)
-    return names if names == known else f"{names} = {known}"
-
-
-def _check_shape(op: str, name: str, x: Tensor, *layouts: tuple[str, ...], **sizes: int) -> None:
-    """x has the shape of the layout with its rank; an axis without a known size may have any."""
-    fitting = [axes for axes in layouts if len(axes) == x.dim()]
-    for axes in fitting:
-        if all(sizes.get(axis, size) == size for axis, size in zip(axes, x.shape, strict=True)):
-            return
-    text = " or ".join(_layout_text(axes, sizes) for axes in fitting or layouts)
-    raise ValueError(f"{op}: {name} must have shape {text}, got {_shape_text(x.shape)}")
-
-
-def _check_positive(op: str, name: str, x: Tensor, **sizes: int) -> None:
-    for axis, size in sizes.items():
+    def not_empty(self, axis: str, size: int, name: str, x: Tensor) -> None:
         if size < 1:
             raise ValueError(
-                f"{op}: {axis} must be at least 1, got {size}, "
-                f"{name} having shape {_shape_text(x.shape)}"
+                f"{self.op}: {axis} must be at least 1, got {size}, "
+                f"{name} having shape {_text(x.shape)}"
             )
 
+    def size(self, axis: str, size: int, name: str, x: Tensor) -> None:
+        """From here on, `axis` has this size, which x says and which is not 0."""
+        self.not_empty(axis, size, name, x)
+        self.sizes[axis] = size
 
-def _check_flag(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
-
-
-def _check_devices(op: str, **tensors: Tensor | None) -> None:
-    (first, x), *others = tensors.items()
-    assert x is not None
-    for name, other in others:
-        if other is not None and other.device != x.device:
-            raise ValueError(
-                f"{op}: all tensors must be on one device, "
-                f"got {first} on {x.device} and {name} on {other.device}"
-            )
-
-
-def _check_conv_weight(op: str, name: str, weight: Any, dim: int) -> None:
-    _check_dtype(op, name, weight, FLOATS)
-    _check_shape(op, name, weight, ("dim", "width"), ("dim", "1", "width"), dim=dim, **{"1": 1})
-    _check_positive(op, name, weight, width=weight.shape[-1])
-
-
-def _check_vectors(op: str, dim: int, **vectors: Any) -> None:
-    for name, x in vectors.items():
-        if x is not None:
-            _check_dtype(op, name, x, FLOATS)
-            _check_shape(op, name, x, ("dim",), dim=dim)
+    def flag(self, name: str, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"{self.op}: {name} must be True or False, got {value!r}")
 
 
 def check_conv1d_silu(x: Any, weight: Any, bias: Any, activation: Any) -> None:
-    op = "conv1d_silu"
-    _check_dtype(op, "x", x, FLOATS)
-    _check_shape(op, "x", x, ("batch", "seqlen", "dim"))
-    _check_positive(op, "x", x, seqlen=x.shape[1], dim=x.shape[2])
-    _check_conv_weight(op, "weight", weight, x.shape[2])
-    _check_vectors(op, x.shape[2], bias=bias)
-    _check_flag(op, "activation", activation)
-    _check_devices(op, x=x, weight=weight, bias=bias)
+    check = _Check("conv1d_silu")
+    check.tensor("x", x, ("batch", "seqlen", "dim"))
+    check.size("seqlen", x.shape[1], "x", x)
+    check.size("dim", x.shape[2], "x", x)
+    check.tensor("weight", weight, *CONV_WEIGHT)
+    check.not_empty("width", weight.shape[-1], "weight", weight)
+    check.optional("bias", bias, ("dim",))
+    check.flag("activation", activation)
 
 
 def check_selective_scan(
@@ -101,79 +114,64 @@ def check_selective_scan(
 ) -> None:  # fmt: skip
     """`time_last`: mamba-ssm's layout, complex B and C being interleaved pairs of real numbers."""
 
-    def axes(*names: str) -> tuple[str, ...]:
-        return (names[0], *names[2:], names[1]) if time_last else names
+    def layout(batch: str, time: str, *rest: str) -> tuple[str, ...]:
+        return (batch, *rest, time) if time_last else (batch, time, *rest)
 
-    _check_dtype(op, "u", u, FLOATS)
-    _check_shape(op, "u", u, axes("batch", "seqlen", "dim"))
-    batch, (seqlen, dim) = u.shape[0], (u.shape[:0:-1] if time_last else u.shape[1:])
-    _check_positive(op, "u", u, seqlen=seqlen, dim=dim)
-    sizes = {"batch": batch, "seqlen": seqlen, "2 * seqlen": 2 * seqlen, "dim": dim}
-    for name, x in (("delta", delta), ("z", z)):
-        if x is not None or name == "delta":
-            _check_dtype(op, name, x, FLOATS)
-            _check_shape(op, name, x, axes("batch", "seqlen", "dim"), **sizes)
-    _check_dtype(op, "A", A, FLOATS + COMPLEX)
-    _check_shape(op, "A", A, ("dim", "dstate"), **sizes)
-    _check_positive(op, "A", A, dstate=A.shape[1])
-    sizes["dstate"] = A.shape[1]
+    check = _Check(op)
+    sequence = layout("batch", "seqlen", "dim")
+    check.tensor("u", u, sequence)
+    seqlen, dim = u.shape[2 if time_last else 1], u.shape[1 if time_last else 2]
+    check.sizes["batch"] = u.shape[0]
+    check.size("seqlen", seqlen, "u", u)
+    check.size("dim", dim, "u", u)
+    check.sizes["2 * seqlen"] = 2 * seqlen
+    check.tensor("delta", delta, sequence)
+    check.tensor("A", A, ("dim", "dstate"), dtypes=FLOATS + COMPLEX)
+    check.size("dstate", A.shape[1], "A", A)
     for name, x in (("B", B), ("C", C)):
         pairs = time_last and A.is_complex() and isinstance(x, Tensor) and x.dim() > 2
-        _check_dtype(op, name, x, COMPLEX if A.is_complex() and not pairs else FLOATS)
         time = "2 * seqlen" if pairs else "seqlen"
-        grouped = axes("batch", time, "groups", "dstate")
-        _check_shape(
-            op, name, x, ("dim", "dstate"), axes("batch", time, "dstate"), grouped, **sizes
-        )
+        plain = layout("batch", time, "dstate")
+        grouped = layout("batch", time, "groups", "dstate")
+        dtypes = COMPLEX if A.is_complex() and not pairs else FLOATS
+        check.tensor(name, x, ("dim", "dstate"), plain, grouped, dtypes=dtypes)
         groups = x.shape[grouped.index("groups")] if x.dim() == 4 else 1
         if groups < 1 or dim % groups:
             raise ValueError(f"{op}: groups of {name} must divide dim = {dim}, got {groups}")
-    _check_vectors(op, dim, D=D, delta_bias=delta_bias)
-    if initial_state is not None:
-        _check_dtype(op, "initial_state", initial_state, FLOATS + COMPLEX * A.is_complex())
-        _check_shape(op, "initial_state", initial_state, ("batch", "dim", "dstate"), **sizes)
+    check.optional("D", D, ("dim",))
+    check.optional("z", z, sequence)
+    check.optional("delta_bias", delta_bias, ("dim",))
+    states = FLOATS + COMPLEX if A.is_complex() else FLOATS
+    check.optional("initial_state", initial_state, ("batch", "dim", "dstate"), dtypes=states)
     for name, value in flags.items():
+        # mamba-ssm's callers pass None for False
         if value is not None or name != "return_last_state":
-            _check_flag(op, name, value)
-    _check_devices(
-        op, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias,
-        initial_state=initial_state,
-    )  # fmt: skip
+            check.flag(name, value)
 
 
 def check_mixer(
     xz: Any, conv_x_weight: Any, conv_z_weight: Any, x_proj_weight: Any, dt_proj_weight: Any,
     A: Any, D: Any, delta_bias: Any, conv_x_bias: Any, conv_z_bias: Any,
 ) -> None:  # fmt: skip
-    op = "mixer"
-    _check_dtype(op, "xz", xz, FLOATS)
-    if xz.dim() != 3 or xz.shape[2] % 2:
-        raise ValueError(
-            f"{op}: xz must have shape (batch, seqlen, 2 * dim), got {_shape_text(xz.shape)}"
-        )
-    dim = xz.shape[2] // 2
-    _check_positive(op, "xz", xz, seqlen=xz.shape[1], dim=dim)
-    _check_conv_weight(op, "conv_x_weight", conv_x_weight, dim)
-    _check_conv_weight(op, "conv_z_weight", conv_z_weight, dim)
-    _check_dtype(op, "dt_proj_weight", dt_proj_weight, FLOATS)
-    _check_shape(op, "dt_proj_weight", dt_proj_weight, ("dim", "dt_rank"), dim=dim)
+    check = _Check("mixer")
+    layout = ("batch", "seqlen", "2 * dim")
+    check.tensor("xz", xz, layout)
+    if xz.shape[2] % 2:
+        check.refuse_shape("xz", xz, (layout,))
+    check.size("seqlen", xz.shape[1], "xz", xz)
+    check.size("dim", xz.shape[2] // 2, "xz", xz)
+    for name, weight in (("conv_x_weight", conv_x_weight), ("conv_z_weight", conv_z_weight)):
+        check.tensor(name, weight, *CONV_WEIGHT)
+        check.not_empty("width", weight.shape[-1], name, weight)
+    check.tensor("dt_proj_weight", dt_proj_weight, ("dim", "dt_rank"))
     dt_rank = dt_proj_weight.shape[1]
-    _check_positive(op, "dt_proj_weight", dt_proj_weight, dt_rank=dt_rank)
-    _check_dtype(op, "A", A, FLOATS)
-    _check_shape(op, "A", A, ("dim", "dstate"), dim=dim)
-    dstate = A.shape[1]
-    _check_positive(op, "A", A, dstate=dstate)
-    _check_dtype(op, "x_proj_weight", x_proj_weight, FLOATS)
+    check.size("dt_rank", dt_rank, "dt_proj_weight", dt_proj_weight)
+    check.tensor("A", A, ("dim", "dstate"))
+    check.size("dstate", A.shape[1], "A", A)
     rows = "dt_rank + 2 * dstate"
-    sizes = {rows: dt_rank + 2 * dstate, "dim": dim}
-    _check_shape(op, "x_proj_weight", x_proj_weight, (rows, "dim"), **sizes)
-    for name, x in (("D", D), ("delta_bias", delta_bias)):
-        _check_dtype(op, name, x, FLOATS)
-    _check_vectors(
-        op, dim, D=D, delta_bias=delta_bias, conv_x_bias=conv_x_bias, conv_z_bias=conv_z_bias
-    )
-    _check_devices(
-        op, xz=xz, conv_x_weight=conv_x_weight, conv_z_weight=conv_z_weight,
-        x_proj_weight=x_proj_weight, dt_proj_weight=dt_proj_weight, A=A, D=D,
-        delta_bias=delta_bias, conv_x_bias=conv_x_bias, conv_z_bias=conv_z_bias,
-    )  # fmt: skip
+    check.sizes[rows] = dt_rank + 2 * A.shape[1]
+    check.tensor("x_proj_weight", x_proj_weight, (rows, "dim"))
+    check.tensor("D", D, ("dim",))
+    check.tensor("delta_bias", delta_bias, ("dim",))
+    check.optional("conv_x_bias", conv_x_bias, ("dim",))
+    check.optional("conv_z_bias", conv_z_bias, ("dim",))

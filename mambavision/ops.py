@@ -23,6 +23,7 @@ any work.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -40,19 +41,32 @@ __all__ = ["conv1d_silu", "mixer", "selective_scan", "selective_scan_fn"]
 BACKENDS = ("auto", "triton", "torch")
 
 
-@torch.compiler.assume_constant_result
-def _triton_missing() -> str | None:
-    """Why no Triton kernel can run in this process, if so."""
+@cache
+def _kernels() -> ModuleType | str:
+    """The Triton kernels, or why they cannot be imported."""
     try:
-        import_module("mambavision.kernels")
+        return import_module("mambavision.kernels")
     except ImportError as error:
         return f"it cannot be imported ({error})"
-    return None
+
+
+# Facts of the process, which torch.compile takes as constants instead of tracing an import.
+
+
+@torch.compiler.assume_constant_result
+def _triton_missing() -> str | None:
+    kernels = _kernels()
+    return kernels if isinstance(kernels, str) else None
 
 
 @torch.compiler.assume_constant_result
 def _interpreted() -> bool:
     return bool(import_module("triton").knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result
+def _largest_dstate() -> int:
+    return import_module("mambavision.kernels").MAX_DSTATE
 
 
 def _triton_refusal(device: torch.device, dstate: int, *tensors: Tensor | None) -> str | None:
@@ -67,8 +81,7 @@ def _triton_refusal(device: torch.device, dstate: int, *tensors: Tensor | None) 
     for x in tensors:
         if x is not None and (x.is_complex() or x.dtype == torch.float64):
             return f"the kernels compute in float32, got {str(x.dtype).removeprefix('torch.')}"
-    largest = import_module("mambavision.kernels").MAX_DSTATE
-    if dstate > largest:
+    if dstate > (largest := _largest_dstate()):
         return f"the kernels hold at most {largest} states per channel, got dstate = {dstate}"
     return None
 
