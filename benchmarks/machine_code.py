@@ -27,13 +27,14 @@ OPCODE_CLASSES = {
     "smem": "LDS STS LDSM STSM",
     "local": "LDL STL",
     "shuffle": "SHFL REDUX",
-    "barrier": "BAR DEPBAR LDGDEPBAR SYNCS MEMBAR WARPSYNC",
+    "barrier": "BAR DEPBAR LDGDEPBAR SYNCS MEMBAR",
     "atomic": "ATOM ATOMG ATOMS RED REDG",
     # HFMA2 of zeros is how the assembler writes a constant on a free pipe.
     "move": "MOV UMOV SEL USEL CS2R S2R S2UR R2UR HFMA2 R2P P2R PRMT UPRMT",
     "integer": "IADD3 IMAD LEA SHF LOP3 ISETP IABS IMNMX VIADD VIMNMX IADD PLOP3 UIADD3 UIMAD ULEA "
     "USHF ULOP3 UISETP UPLOP3 SGXT POPC FLO IADD32I",
-    "control": "BRA BSSY BSYNC EXIT CALL RET BREAK YIELD NANOSLEEP VOTE VOTEU",
+    # BSYNC and WARPSYNC rejoin lanes after a branch; nothing is exchanged or waited for.
+    "control": "BRA BSSY BSYNC WARPSYNC EXIT CALL RET BREAK YIELD NANOSLEEP VOTE VOTEU",
     "other": "",
 }
 _CLASS_OF = {opcode: name for name, opcodes in OPCODE_CLASSES.items() for opcode in opcodes.split()}

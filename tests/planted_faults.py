@@ -48,7 +48,8 @@ FAULTS = [
         "selective_scan.py::test_float32[one-full-block]", "du",
     ),
     Fault(
-        "wrong chunk boundary", SCAN, "(b * chunks + chunks - 1 - k)", "(b * chunks + k)",
+        "wrong chunk boundary", SCAN,
+        "tl.cast(chunks - 1 - k, tl.int64) * dstate", "tl.cast(k, tl.int64) * dstate",
         "selective_scan.py::test_float32[everything-7]", "ddelta",
     ),
     Fault(
