@@ -34,7 +34,7 @@ from .selective_scan import selective_scan_bwd, selective_scan_fwd
 
 # Rows and channels at a time, and the most columns of w one program accumulates: more would spill.
 CONFIG = {
-    "BLOCK_L": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True
+    "BLOCK_L": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True
 }  # fmt: skip
 MAX_BLOCK_R = 128
 
