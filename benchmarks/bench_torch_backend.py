@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -102,46 +103,41 @@ def measure(runs, seconds):
     return {name: median(values) for name, values in times.items()}
 
 
-def rows(ops, shapes, batches, seconds):
-    for op in ops:
-        for shape in shapes:
-            for batch in batches:
-                tensors, grad = arguments(op, batch, *SHAPES[shape])
-                runs = providers(op)
-                faults = {name: wrong(run, op, tensors, grad) for name, run in runs.items()}
-                right = {name: run for name, run in runs.items() if faults[name] is None}
-                for direction, dy in (("forward", None), ("forward+backward", grad)):
-                    calls = {name: partial(run, tensors, dy) for name, run in right.items()}
-                    times = measure(calls, seconds)
-                    for name, fault in faults.items():
-                        row = {"op": op, "shape": shape, "batch": batch, "direction": direction}
-                        yield row | {"provider": name, "seconds": times.get(name), "wrong": fault}
+def compare(op, shape, batch, seconds):
+    """The raw rows of one operator and size: (direction, provider) -> seconds or what is wrong."""
+    tensors, grad = arguments(op, batch, *SHAPES[shape])
+    runs = providers(op)
+    faults = {name: wrong(run, op, tensors, grad) for name, run in runs.items()}
+    right = {name: run for name, run in runs.items() if faults[name] is None}
+    for direction, dy in (("forward", None), ("forward+backward", grad)):
+        times = measure({k: partial(run, tensors, dy) for k, run in right.items()}, seconds)
+        size = {"op": op, "shape": shape, "batch": batch, "direction": direction}
+        yield [
+            size | {"provider": name, "seconds": times.get(name), "wrong": fault}
+            for name, fault in faults.items()
+        ]
 
 
-def print_table(found):
-    columns = ["chunked", "reference loop", "eager loop"]
-    print(f"{'op':15}{'shape':8}{'batch':>6}  {'direction':18}", end="")
-    print("".join(f"{name + ' ms':>19}" for name in columns) + f"{'gain':>8}")
-    cells = {}
-    for row in found:
-        key = row["op"], row["shape"], row["batch"], row["direction"]
-        cells.setdefault(key, {})[row["provider"]] = row
-    for (op, shape, batch, direction), cell in cells.items():
-        print(f"{op:15}{shape:8}{batch:>6}  {direction:18}", end="")
-        for name in columns:
-            row = cell[name]
-            text = f"wrong {row['wrong']}" if row["wrong"] else f"{1e3 * row['seconds']:.2f}"
-            print(f"{text:>19}", end="")
-        loops = [cell[name]["seconds"] for name in columns[1:] if not cell[name]["wrong"]]
-        ours = cell["chunked"]["seconds"]
-        print(f"{min(loops) / ours:>7.1f}x" if ours and loops else f"{'-':>8}")
+LINE = "{:15}{:8}{:>6}  {:18}{:>14}{:>18}{:>14}{:>8}"
+
+
+def print_line(found):
+    """One line of the table: the times of the three providers, chunked first."""
+    ours, *loops = (row["seconds"] for row in found)
+    cells = [
+        f"wrong {row['wrong']}" if row["wrong"] else f"{1e3 * row['seconds']:.2f}" for row in found
+    ]
+    loops = [loop for loop in loops if loop]
+    gain = f"{min(loops) / ours:.1f}x" if ours and loops else "-"
+    size = [found[0][key] for key in ("op", "shape", "batch", "direction")]
+    print(LINE.format(*size, *cells, gain), flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The gain is against the faster loop. Times on a shared machine vary: look at the "
+        epilog="Times on a busy machine say little, with two threads least of all: look at the "
         "load first.\n\nexample: python benchmarks/bench_torch_backend.py --batch 1 32 --threads 2",
     )
     parser.add_argument("--op", nargs="+", choices=list(FLAGS), default=list(FLAGS))
@@ -157,13 +153,19 @@ def main():
     if options.threads < 1 or options.seconds < 0 or min(options.batch) < 1:
         parser.error("--threads and --batch must be at least 1, --seconds at least 0")
     torch.set_num_threads(options.threads)
-    found = list(rows(options.op, options.shape, options.batch, options.seconds))
     machine = {"torch": torch.__version__, "cpu": platform.processor() or platform.machine()}
     machine["threads"] = options.threads
-    print(f"PyTorch {machine['torch']}, {machine['threads']} threads, {machine['cpu']}, float32\n")
-    print_table(found)
+    print(f"PyTorch {machine['torch']}, {machine['threads']} threads, {machine['cpu']}, float32")
+    print("medians in ms; the gain is against the faster loop\n")
+    names = ["chunked", "reference loop", "eager loop"]
+    print(LINE.format("op", "shape", "batch", "direction", *names, "gain"))
+    raw = []
+    for op, shape, batch in product(options.op, options.shape, options.batch):
+        for found in compare(op, shape, batch, options.seconds):
+            print_line(found)
+            raw += [row | machine for row in found]
     if options.output:
-        options.output.write_text("".join(json.dumps(row | machine) + "\n" for row in found))
+        options.output.write_text("".join(json.dumps(row) + "\n" for row in raw))
 
 
 if __name__ == "__main__":
