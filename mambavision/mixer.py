@@ -1,14 +1,15 @@
 """MambaVisionMixer: the token mixer of MambaVision as a module.
 
-    xz     = W_in hidden                                  (batch, seqlen, 2 dim), dim = expand
-    d_model / 2 x, z   = halves of xz x, z   = silu(conv_x(x)), silu(conv_z(z))
-    depthwise, 'same' padding, not causal dt_low, B, C = split(W_x x)
-    dt_rank, d_state, d_state delta  = W_dt dt_low y      = selective_scan(x, delta, A, B, C, D)
-    A = -exp(A_log), step softplus(delta + 2 b_dt) out    = W_out [y, z]
-    (batch, seqlen, d_model)
+    xz    = W_in hidden                            (batch, seqlen, 2 dim), 2 dim = expand d_model
+    x, z  = halves of xz                           (batch, seqlen, dim) each
+    x, z  = silu(conv_x(x)), silu(conv_z(z))       depthwise, 'same' padding, not causal
+    dt_low, B, C = split(W_x x)                    dt_rank, d_state, d_state wide
+    delta = W_dt dt_low + b_dt                     (batch, seqlen, dim)
+    y     = selective_scan(x, delta, A, B, C, D)   A = -exp(A_log), steps softplus(delta + b_dt)
+    out   = W_out [y, z]                           (batch, seqlen, d_model)
 
-The two projections are plain linear layers; all that lies between them is `ops.mixer`. A Mamba
-mixer gates y with z. Here z is a second, scan-free branch beside y, and neither branch is causal.
+W_in and W_out are plain linear layers; all that lies between them is `ops.mixer`. A Mamba mixer
+gates y with z. Here z is a second, scan-free branch beside y, and neither branch is causal.
 
 Source: Hatamizadeh and Kautz, arXiv 2407.08083, section 3.
 """
@@ -41,8 +42,8 @@ def _initial_dt(
 class MambaVisionMixer(nn.Module):
     """Mixes the tokens of a sequence: (batch, seqlen, d_model) to the same shape.
 
-        out = W_out [selective_scan(silu(conv_x(x))), silu(conv_z(z))],   x, z = halves of W_in
-        hidden
+        out = W_out [selective_scan(silu(conv_x(x)), ...), silu(conv_z(z))]
+        x, z = halves of W_in hidden
 
     The arguments are the published ones, in their order. `dt_rank="auto"` is ceil(d_model / 16).
     `conv_bias`, `use_fast_path` and `layer_idx` are accepted and change nothing: the published

@@ -1,11 +1,11 @@
 """MambaVision: stem, four stages, head.
 
-    stem      (batch, in_chans, H, W)    -> (batch, dim, H/4, W/4)           two strided
-    convolutions stage 1   convolution blocks            (batch, dim, H/4, W/4)           then half
-    the size, stage 2   convolution blocks            (batch, 2 dim, H/8, W/8)         twice the
-    channels stage 3   mixers, then attention        (batch, 4 dim, H/16, W/16)       in windows
-    stage 4   mixers, then attention        (batch, 8 dim, H/32, W/32)       in windows head
-    batch norm, mean over positions, linear -> (batch, num_classes)
+    stem     two strided convolutions     (batch, in_chans, H, W) -> (batch, dim, H/4, W/4)
+    stage 1  convolution blocks           (batch, dim, H/4, W/4)
+    stage 2  convolution blocks           (batch, 2 dim, H/8, W/8)
+    stage 3  mixers, then attention       (batch, 4 dim, H/16, W/16), in windows
+    stage 4  mixers, then attention       (batch, 8 dim, H/32, W/32), in windows
+    head     batch norm, mean, linear     (batch, num_classes)
 
 Sizes are rounded up, so any height and width from 32 pixels on will do, square or not.
 
@@ -189,8 +189,8 @@ class MambaVision(nn.Module):
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """Images to the four stages' maps, for dense tasks.
 
-        Each is what its stage's blocks return, before the downsampling: (batch, 2^i dim, H /
-        2^(i+2), W / 2^(i+2)), sizes rounded up, i = 0 .. 3. The last one is not normalised.
+        Map i = 0 .. 3 is what the blocks of its stage return, before the downsampling: (batch,
+        2^i dim, H / 2^(i+2), W / 2^(i+2)), sizes rounded up. The last one is not normalised.
         """
         self._check_input(x)
         maps: list[Tensor] = []
