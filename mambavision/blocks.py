@@ -258,6 +258,9 @@ class Stage(nn.Module):
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return block(x)
+        if torch.compiler.is_compiling():
+            # A compiled graph writes the statistics once, and refuses contexts.
+            return checkpoint(block, x, use_reentrant=False)
         return checkpoint(block, x, use_reentrant=False, context_fn=partial(_contexts, block))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -48,7 +48,8 @@ class MambaVisionMixer(nn.Module):
     The arguments are the published ones, in their order. `dt_rank="auto"` is ceil(d_model / 16).
     `conv_bias`, `use_fast_path` and `layer_idx` are accepted and change nothing: the published
     convolutions have no bias whatever `conv_bias` says. `bias` gives in_proj and out_proj one.
-    `backend` is passed to `ops.mixer`: "auto", "triton" or "torch".
+    `backend` is passed to `ops.mixer`: "auto", "triton" or "torch". The operator reads the
+    parameters of conv1d_x, conv1d_z, x_proj and dt_proj; forward hooks on these do not run.
 
     Initialisation of the steps is Mamba's: W_dt uniform in +-dt_scale / sqrt(dt_rank) (or constant,
     `dt_init="constant"`), and a bias whose softplus is log-uniform in dt_min .. dt_max. The
@@ -85,13 +86,15 @@ class MambaVisionMixer(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        inner = int(expand * d_model)
-        if isinstance(dt_rank, str) and dt_rank == "auto":
-            dt_rank = math.ceil(d_model / 16)
         sizes = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "dt_rank": dt_rank}
         for name, size in sizes.items():
+            if name == "dt_rank" and size == "auto":
+                continue
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"MambaVisionMixer: {name} must be an integer >= 1, got {size!r}")
+        inner = int(expand * d_model)
+        if isinstance(dt_rank, str):
+            dt_rank = math.ceil(d_model / 16)
         if inner < 2 or inner % 2:
             raise ValueError(
                 "MambaVisionMixer: expand * d_model must be even, its halves being the two "
@@ -101,7 +104,10 @@ class MambaVisionMixer(nn.Module):
             raise ValueError(
                 f"MambaVisionMixer: dt_init must be 'random' or 'constant', got {dt_init!r}"
             )
-        assert isinstance(dt_rank, int)
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(
+                f"MambaVisionMixer: 0 < dt_min <= dt_max must hold, got {dt_min} and {dt_max}"
+            )
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.dt_rank, self.backend = dt_rank, backend
         dim = inner // 2

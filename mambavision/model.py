@@ -27,20 +27,27 @@ SMALLEST = 32
 
 
 def _check_config(
-    sizes: dict[str, Any], per_stage: dict[str, Sequence[int]], rates: dict[str, float], dim: int
+    sizes: dict[str, Any],
+    per_stage: dict[str, Sequence[int]],
+    rates: dict[str, float],
+    dim: int,
+    mlp_ratio: float,
 ) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < (name != "num_classes"):
             least = 0 if name == "num_classes" else 1
             raise ValueError(f"MambaVision: {name} must be an integer >= {least}, got {size!r}")
     for name, values in per_stage.items():
-        if len(values) != 4 or any(not isinstance(v, int) or v < 1 for v in values):
+        four = isinstance(values, Sequence) and len(values) == 4
+        if not four or any(not isinstance(v, int) or v < 1 for v in values):
             raise ValueError(
                 f"MambaVision: {name} must be four integers >= 1, one per stage, got {values!r}"
             )
     for name, rate in rates.items():
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"MambaVision: {name} must be at least 0 and below 1, got {rate!r}")
+    if not int(dim * mlp_ratio) >= 1:
+        raise ValueError(f"MambaVision: mlp_ratio must be at least 1 / dim, got {mlp_ratio!r}")
     for stage in (2, 3):
         width, heads = dim * 2**stage, per_stage["num_heads"][stage]
         if width % heads:
@@ -113,6 +120,7 @@ class MambaVision(nn.Module):
                 "attn_drop_rate": attn_drop_rate,
             },
             dim,
+            mlp_ratio,
         )
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, 8 * dim
         self.global_pool = "avg"
@@ -175,7 +183,7 @@ class MambaVision(nn.Module):
                 f"MambaVision: height and width of x must be at least {SMALLEST}, "
                 f"got {tuple(x.shape[2:])}"
             )
-        weight = next(self.patch_embed.parameters())
+        weight = self.patch_embed.conv_down[0].weight
         if x.device != weight.device:
             raise ValueError(
                 f"MambaVision: x must be on the model's device {weight.device}, got {x.device}"

@@ -103,8 +103,8 @@ def create_model(
 
     `overrides` are arguments of `MambaVision` that shall differ. `checkpoint` is a file for
     `load_checkpoint`; `pretrained=True` fetches the published weights (their licence is
-    CC-BY-NC-SA: not for commercial use) through huggingface_hub and its cache. With either, a
-    `num_classes` that is not the file's leaves the classifier as initialised.
+    CC-BY-NC-SA: not for commercial use) through huggingface_hub and its cache. With either, giving
+    a `num_classes` that is not the file's leaves the classifier as initialised.
 
     Raises ValueError for an unknown name or weights that do not fit, RuntimeError where the
     published weights cannot be fetched.
@@ -121,9 +121,9 @@ def create_model(
     if pretrained and checkpoint is not None:
         raise ValueError("create_model: give either pretrained=True or checkpoint, not both")
     variant = VARIANTS[name]
-    model = MambaVision(**{**variant.arguments, **overrides})
     if pretrained:
         checkpoint = download_checkpoint(variant.repository)
+    model = MambaVision(**{**variant.arguments, **overrides})
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, num_classes=overrides.get("num_classes"))
     return model

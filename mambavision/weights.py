@@ -7,12 +7,14 @@ classes only argparse.Namespace is let through, in which training scripts keep t
 import argparse
 import os
 import pickle
-import tempfile
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,18 +45,34 @@ class LoadReport(NamedTuple):
         return "; ".join(parts) or "everything matches"
 
 
+class MissingExtra(RuntimeError):
+    """A package of the extra `weights` is not installed."""
+
+    def __init__(self, package: str, purpose: str):
+        super().__init__(
+            f"{purpose} needs the package {package}: pip install 'mambavision-triton[weights]'"
+        )
+
+
+def _safetensors() -> ModuleType:
+    try:
+        return import_module("safetensors.torch")
+    except ImportError:
+        raise MissingExtra("safetensors", "a .safetensors file") from None
+
+
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise RuntimeError(
-                f"{path}: reading safetensors needs the safetensors package: "
-                "pip install 'mambavision-triton[weights]'"
-            ) from None
-        return load_file(path)
+        return _safetensors().load_file(path)
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's or DistributedDataParallel's wrapper."""
+    while inner := next((n for n in ("_orig_mod", "module") if list(model._modules) == [n]), None):
+        model = model.get_submodule(inner)
+    return model
 
 
 def _read_checkpoint(path: Path) -> Any:
@@ -63,27 +81,26 @@ def _read_checkpoint(path: Path) -> Any:
         raise FileNotFoundError(f"load_checkpoint: no file {path}")
     if path.is_dir():
         raise ValueError(f"load_checkpoint: {path} is a folder, expected a file")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"load_checkpoint: no permission to read {path}")
     try:
         return _read(path)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "weights_only" in str(error).lower():
-            raise ValueError(
-                f"load_checkpoint: {path} holds pickled objects that are no weights; such a file "
-                "could run code and is refused"
-            ) from error
-        raise ValueError(f"load_checkpoint: {path} is damaged or truncated: {error}") from error
-    except PermissionError as error:
-        raise PermissionError(f"load_checkpoint: no permission to read {path}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        if isinstance(error, RuntimeError) and "pip install" in str(error):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"load_checkpoint: {path} is damaged or truncated: {reason}") from error
+    except MissingExtra:
+        raise
     except Exception as error:
-        # safetensors has an error type of its own, derived from Exception
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ValueError(f"load_checkpoint: {path} is damaged or truncated: {error}") from error
+        # Damaged bytes raise whatever the reader stumbled over: a dozen types are known.
+        reason = str(error)
+        refused = re.search(r"[Uu]nsupported global: (?:GLOBAL )?(\S+)", reason)
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            raise ValueError(
+                f"load_checkpoint: {path} is refused: it holds a pickled {refused[1]}, which is no "
+                "weight and could run code"
+            ) from error
+        # torch.load's advice, some fifteen lines, ends in what went wrong.
+        reason = reason.rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+        raise ValueError(
+            f"load_checkpoint: {path} is damaged or truncated: {reason.splitlines()[0]}"
+        ) from error
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -105,6 +122,10 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _shapes(state: dict[str, Tensor]) -> list[torch.Size]:
+    return [state[name].shape for name in _HEAD if name in state]
+
+
 def load_checkpoint(
     model: nn.Module,
     path: str | PathLike[str],
@@ -115,29 +136,35 @@ def load_checkpoint(
     """Loads a checkpoint file into a model, and returns what did not match.
 
     `path` is a .safetensors file or one of torch.save (.pth, .pt, .pth.tar) that holds a state dict
-    or a dict with one under state_dict_ema, model_ema, state_dict or model. Prefixes such as
-    "module." that all names share are stripped. With `strict`, every name and shape must match, or
-    ValueError lists the differences and the model stays as it was; without, what matches is loaded.
+    or a dict with one under the first of state_dict_ema, model_ema, state_dict and model that is
+    there. Prefixes such as "module." that all names share are stripped. With `strict`, every name
+    and shape must match, or ValueError lists the differences and the model stays as it was;
+    without, what matches is loaded, at least one tensor.
 
-    `num_classes` says how many classes the model has: then a classifier of another size in the file
-    is left out, and the model keeps its own.
+    `num_classes`, the model's number of classes, asks for a file with another classifier, or none,
+    to be taken as well: the model then keeps its own.
 
-    Raises FileNotFoundError, OSError, or ValueError for a damaged, truncated or unsafe file.
+    Raises FileNotFoundError, PermissionError, ValueError for a damaged, truncated, unsafe or
+    misfitting file, RuntimeError where safetensors is not installed.
 
     >>> load_checkpoint(model, "mambavision_tiny_1k.pth.tar")  # doctest: +SKIP
     """
-    state = _state_dict(_read_checkpoint(Path(path)), Path(path))
+    model = _bare(model)
     own = model.state_dict()
-    if num_classes is not None:
-        if "head.weight" in own and own["head.weight"].shape[0] != num_classes:
-            raise ValueError(
-                f"load_checkpoint: num_classes = {num_classes}, but the model's classifier has "
-                f"{own['head.weight'].shape[0]}"
-            )
-        classes = state["head.weight"].shape[0] if "head.weight" in state else num_classes
-        if classes != num_classes:
-            state = {k: v for k, v in state.items() if k not in _HEAD}
-            state |= {k: own[k] for k in _HEAD if k in own}
+    if any(x.is_meta for x in own.values()):
+        raise ValueError(
+            "load_checkpoint: the model lies on the meta device and cannot hold weights; "
+            "model.to_empty(device=...) gives it memory"
+        )
+    classes = getattr(model, "num_classes", num_classes)
+    if num_classes is not None and classes != num_classes:
+        raise ValueError(
+            f"load_checkpoint: num_classes must be that of the model, {classes}, got {num_classes}"
+        )
+    state = _state_dict(_read_checkpoint(Path(path)), Path(path))
+    if num_classes is not None and _shapes(state) != _shapes(own):
+        state = {k: v for k, v in state.items() if k not in _HEAD}
+        state |= {k: own[k] for k in _HEAD if k in own}
     report = LoadReport(
         missing=[name for name in own if name not in state],
         unexpected=[name for name in state if name not in own],
@@ -152,52 +179,52 @@ def load_checkpoint(
             f"load_checkpoint: {path} does not fit this {type(model).__name__}: {report}"
         )
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if not fitting:
+        raise ValueError(
+            f"load_checkpoint: nothing in {path} fits this {type(model).__name__}: {report}"
+        )
     model.load_state_dict(fitting, strict=False)
     return report
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[str]:
-    """A temporary name beside `path` that becomes `path` at the end, or nothing at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that becomes `path` at the end, or nothing at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield name
-        os.replace(name, path)
+        yield temporary
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(name)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def save_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
     """Saves a model's weights: .safetensors, or .pth, .pt, .pth.tar for torch.save's format.
 
-    The file appears whole or not at all. Raises ValueError for another ending, FileNotFoundError
-    for a folder that is not there, RuntimeError where safetensors is not installed.
+    Wrappers such as DistributedDataParallel leave no trace in the names. The file appears whole or
+    not at all. Raises ValueError for another ending, FileNotFoundError for a folder that is not
+    there, RuntimeError where safetensors is not installed.
 
     >>> save_checkpoint(model, "model.safetensors")  # doctest: +SKIP
     """
     path = Path(path)
+    if not path.name.endswith((".safetensors", ".pth", ".pt", ".pth.tar")):
+        raise ValueError(
+            f"save_checkpoint: path must end in .safetensors, .pth, .pt or .pth.tar, got {path}"
+        )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"save_checkpoint: no folder {path.parent}")
-    state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    if path.is_dir():
+        raise ValueError(f"save_checkpoint: {path} is a folder, expected a file")
+    state = {k: x.detach().cpu().contiguous() for k, x in _bare(model).state_dict().items()}
     if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import save_file
-        except ImportError:
-            raise RuntimeError(
-                f"{path}: writing safetensors needs the safetensors package: "
-                "pip install 'mambavision-triton[weights]'"
-            ) from None
-        with _replacing(path) as name:
-            save_file(state, name)
-    elif path.suffix in (".pth", ".pt", ".tar"):
-        with _replacing(path) as name:
-            torch.save({"state_dict": state}, name)
+        save_file = _safetensors().save_file
+        with _replacing(path) as temporary:
+            save_file(state, temporary)
     else:
-        raise ValueError(
-            f"save_checkpoint: {path.name} must end in .safetensors, .pth, .pt or .pth.tar"
-        )
+        with _replacing(path) as temporary:
+            torch.save({"state_dict": state}, temporary)
 
 
 def download_checkpoint(repository: str) -> str:
@@ -206,17 +233,14 @@ def download_checkpoint(repository: str) -> str:
     Raises RuntimeError, in one line, where it cannot be had.
     """
     try:
-        from huggingface_hub import hf_hub_download
+        download = import_module("huggingface_hub").hf_hub_download
     except ImportError:
-        raise RuntimeError(
-            "pretrained=True needs the huggingface_hub package: "
-            "pip install 'mambavision-triton[weights]'"
-        ) from None
+        raise MissingExtra("huggingface_hub", "pretrained=True") from None
     warnings.warn(LICENCE, stacklevel=3)
     try:
-        return hf_hub_download(repository, "model.safetensors")
+        return download(repository, "model.safetensors")
     except Exception as error:
-        # Whatever it was, offline, refused or gone: the way out is the same
+        # Whatever it was, offline, refused or gone: the way out is the same.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RuntimeError(
             f"the weights of {repository} cannot be fetched ({reason}); download model.safetensors "
