@@ -33,10 +33,11 @@ help:
 	@echo 'PYTHON=python3.12   another interpreter;  VENV=  use it as it is and install nothing'
 
 # Re-made when the pinned tools or the package's dependencies change.
-$(VENV)/.ready: $(REQUIREMENTS) setup.py pyproject.toml
+$(VENV)/.ready: $(REQUIREMENTS) requirements-vision.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "make: Python 3.10 to 3.13 is needed, $(PYTHON) is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vision.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
