@@ -1,4 +1,4 @@
-"""The command line: `mambavision demo`, also as `python -m mambavision demo`.
+"""The command line: `mambavision demo` and others, also as `python -m mambavision demo`.
 
 Exit codes: 0 done, 1 the job failed, 2 a bad argument or something missing, 130 interrupted.
 """
@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import CommandError
+from .training import cli as training
 
 __all__ = ["main"]
 
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=_integer("seed", 0, 2**32 - 1), default=0, metavar="N",
         help="of the split, the weights and the augmentation",
     )  # fmt: skip
+    training.add_arguments(commands.add_parser("train", help=training.SUMMARY))
     return parser
 
 
@@ -73,11 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = _parser().parse_args(arguments)
-    name = f"mambavision {options.command}"
+    name, command = f"mambavision {options.command}", " ".join(["mambavision", *arguments])
     # Threads that wait asleep, not spinning. Read when torch is loaded. Small tensors meet many
     # barriers: with 5 busy processes on 2 cores, an epoch of the demo takes 4 s instead of 35 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        if options.command == "train":
+            training.run(vars(options), command)
+            return 0
         # Imported here, so that `--help` need not wait for torch.
         from .demo import demo
 
@@ -87,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             epochs=options.epochs,
             batch_size=options.batch_size,
             seed=options.seed,
-            command=" ".join(["mambavision", *arguments]),
+            command=command,
         )
     except CommandError as error:
         print(f"{name}: error: {error}", file=sys.stderr)

@@ -1,0 +1,180 @@
+"""The folder of a run. Every file appears whole or not at all, so a kill leaves the last one.
+
+    args.yaml           every setting, to read and to start again from
+    last.pt             the whole state, after the last epoch or --recovery-interval
+    best.pt             the same, of the epoch with the highest top-1 on the validation images
+    model.safetensors   the weights of that epoch (the moving average's, where there is one)
+    results.csv         a line per epoch
+    curves.png          the same to look at
+
+`last.pt` is written last, after what was derived from the same state: a run killed in between
+repeats the epoch and writes the same again.
+"""
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..errors import CommandError
+from .options import Options
+
+__all__ = ["RunFolder", "metadata_of", "whole"]
+
+Row = dict[str, float]
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary path whose file becomes `path`, once it is on the disk; `path` is never partial.
+
+    Raises `CommandError` where it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except Exception as error:
+        # torch and safetensors have exceptions of their own for a full disk.
+        temporary.unlink(missing_ok=True)
+        reason = str(error) or type(error).__name__
+        kept = f"; {path} is as it was" if path.exists() else ""
+        raise CommandError(f"cannot write {path}: {reason.splitlines()[0]}{kept}") from error
+
+
+def metadata_of(options: Options, classes: list[str]) -> dict[str, Any]:
+    """What a reader of the weights needs to make the model and to prepare its images."""
+    names = ("model", "model_kwargs", "img_size", "crop_pct")
+    about = {name: value for name, value in options.as_dict().items() if name in names}
+    return {**about, "classes": classes, "version": __version__}
+
+
+class RunFolder:
+    """The files of a run. Only the first process writes; for the others every call does nothing."""
+
+    def __init__(self, path: Path, main: bool = True):
+        self.path, self.main = path, main
+        self.last, self.best = path / "last.pt", path / "best.pt"
+
+    def create(self, options: Options, command: str, resuming: bool) -> None:
+        """Makes the folder, or takes over one whose run is resumed."""
+        if not self.main:
+            return
+        taken = (self.path / "args.yaml").exists() or self.last.exists()
+        if taken and not resuming:
+            raise CommandError(
+                f"{self.path} holds a run: continue it with --resume {self.path}, or name another "
+                "--output", 2,
+            )  # fmt: skip
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # Left by a process that was killed while it wrote.
+            for left in self.path.glob(".*.tmp"):
+                left.unlink()
+        except OSError as error:
+            raise CommandError(f"--output {self.path}: {error}", 2) from None
+        import yaml
+
+        with whole(self.path / "args.yaml") as temporary:
+            head = f"# mambavision-triton {__version__}: {command}".rstrip()
+            content = yaml.safe_dump(options.as_dict(), sort_keys=False)
+            temporary.write_text(f"{' '.join(head.split())}\n{content}", encoding="utf-8")
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """A checkpoint; raises `CommandError` for a damaged one."""
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            # Damaged bytes raise whatever the reader stumbled over.
+            reason = type(error).__name__
+            raise CommandError(f"{path} is damaged or no checkpoint ({reason})") from None
+
+    def write(
+        self,
+        state: Mapping[str, Any],
+        options: Options,
+        history: list[Row],
+        improved: bool = False,
+    ) -> None:
+        """Writes a checkpoint; with `improved`, as the best so far, too."""
+        if not self.main:
+            return
+        if improved:
+            self._write_weights(state, options)
+            with whole(self.best) as temporary:
+                torch.save(state, temporary)
+        if history:
+            self._write_results(history)
+        with whole(self.last) as temporary:
+            # A second name for the same bytes: checkpoints are replaced, never changed.
+            if improved:
+                _link(self.best, temporary)
+            else:
+                torch.save(state, temporary)
+
+    def _write_weights(self, state: Mapping[str, Any], options: Options) -> None:
+        from safetensors.torch import save
+
+        weights: Mapping[str, Tensor] = state.get("state_dict_ema", state["state_dict"])
+        about = json.dumps(metadata_of(options, state["classes"]))
+        with whole(self.path / "model.safetensors") as temporary:
+            # save_file would make a file that only its owner may read.
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+            temporary.write_bytes(save(tensors, {"format": "pt", "mambavision": about}))
+
+    def _write_results(self, history: list[Row]) -> None:
+        with whole(self.path / "results.csv") as temporary:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(history[0]))
+                writer.writeheader()
+                writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in history)
+        with whole(self.path / "curves.png") as temporary:
+            _draw(history, temporary)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # Not every file system has links.
+        shutil.copyfile(source, target)
+
+
+def _draw(history: list[Row], path: Path) -> None:
+    """Loss, accuracy and learning rate over the epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    panels: Any = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in history]
+    curves = [
+        ("loss", [("train_loss", "training"), ("val_loss", "validation")]),
+        ("accuracy", [("train_top1", "training"), ("val_top1", "validation"),
+                      ("val_top5", "validation, top 5")]),
+        ("learning rate", [("lr", "")]),
+    ]  # fmt: skip
+    for panel, (title, lines) in zip(panels, curves, strict=True):
+        for key, label in lines:
+            mark = "o" if len(epochs) == 1 else None
+            panel.plot(epochs, [row[key] for row in history], label=label, marker=mark)
+        panel.set(title=title, xlabel="epoch")
+        panel.grid(alpha=0.3)
+        if len(lines) > 1:
+            panel.legend(frameon=False)
+    figure.savefig(path, format="png", dpi=110)
