@@ -122,6 +122,24 @@ class MambaVision(nn.Module):
             dim,
             mlp_ratio,
         )
+        # Another model like this one is made from them: they are kept with its weights.
+        self.arguments: dict[str, Any] = {
+            "dim": dim,
+            "in_dim": in_dim,
+            "depths": tuple(depths),
+            "window_size": tuple(window_size),
+            "mlp_ratio": mlp_ratio,
+            "num_heads": tuple(num_heads),
+            "drop_path_rate": drop_path_rate,
+            "in_chans": in_chans,
+            "num_classes": num_classes,
+            "qkv_bias": qkv_bias,
+            "qk_scale": qk_scale,
+            "drop_rate": drop_rate,
+            "attn_drop_rate": attn_drop_rate,
+            "layer_scale": layer_scale,
+            "layer_scale_conv": layer_scale_conv,
+        }
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, 8 * dim
         self.global_pool = "avg"
 
@@ -245,6 +263,7 @@ class MambaVision(nn.Module):
                 f"reset_classifier: global_pool='' needs num_classes = 0, got {num_classes}"
             )
         self.num_classes, self.global_pool = num_classes, pool
+        self.arguments["num_classes"] = num_classes
         like = next(self.norm.parameters())
         self.head = self._new_head().to(device=like.device, dtype=like.dtype)
         if isinstance(self.head, nn.Linear):

@@ -1,15 +1,15 @@
-"""Checkpoints in and out: files of any published layout into a model, and a model into a file.
+"""Checkpoints in and out: weights of any published layout into a model, and a model into a file.
 
 A file is read as data only: torch.load with weights_only=True, which refuses pickled code; of all
 classes only argparse.Namespace is let through, in which training scripts keep their arguments.
 """
 
 import argparse
+import json
 import os
 import pickle
 import re
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from os import PathLike
@@ -20,38 +20,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LoadReport", "download_checkpoint", "load_checkpoint", "save_checkpoint"]
+from .hub import MissingExtra, locate
+from .published import sizes_of, variants_of
+
+__all__ = ["LoadReport", "load_checkpoint", "read_config", "save_checkpoint"]
 
 # Where a file of nested dicts keeps the weights, best first: the moving average where there is one.
 _HOMES = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "model.", "encoder.", "backbone.", "timm_model.")
 _HEAD = ("head.weight", "head.bias")
-LICENCE = "the published MambaVision weights are under CC-BY-NC-SA-4.0: not for commercial use"
 
 
 class LoadReport(NamedTuple):
-    """What did not match: names the file lacks, names the model lacks, and other shapes."""
+    """What did not match: names the file lacks, names the model lacks, and other shapes.
+
+    `nearest`: where anything did not match, the published variants whose sizes the weights have.
+    """
 
     missing: list[str]
     unexpected: list[str]
     misshapen: list[str]
+    nearest: list[str]
 
     def __str__(self) -> str:
         parts = []
-        for kind, names in self._asdict().items():
+        for kind, names in list(self._asdict().items())[:3]:
             if names:
                 more = f", and {len(names) - 8} more" if len(names) > 8 else ""
                 parts.append(f"{len(names)} {kind}: {', '.join(names[:8])}{more}")
+        if self.nearest:
+            parts.append(f"the weights have the sizes of {' or '.join(self.nearest)}")
         return "; ".join(parts) or "everything matches"
-
-
-class MissingExtra(RuntimeError):
-    """A package of the extra `weights` is not installed."""
-
-    def __init__(self, package: str, purpose: str):
-        super().__init__(
-            f"{purpose} needs the package {package}: pip install 'mambavision-triton[weights]'"
-        )
 
 
 def _safetensors() -> ModuleType:
@@ -68,6 +67,16 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        with _safetensors().safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
+    else:
+        content = _read(path)
+        config = content.get("config") if isinstance(content, dict) else None
+    return config if isinstance(config, dict) else {}
+
+
 def _bare(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's, DataParallel's or DistributedDataParallel's wrapper."""
     while inner := next((n for n in ("_orig_mod", "module") if list(model._modules) == [n]), None):
@@ -75,16 +84,19 @@ def _bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _read_checkpoint(path: Path) -> Any:
-    """The content of a file, or one clear error."""
+def _open(
+    op: str, source: str | PathLike[str], read: Callable[[Path], Any] = _read
+) -> tuple[Any, Path]:
+    """What `read` makes of the file behind `source`, and its path, or one clear error."""
+    path, downloaded = locate(source)
     if not path.exists():
-        raise FileNotFoundError(f"load_checkpoint: no file {path}")
+        raise FileNotFoundError(f"{op}: no file {path}")
     if path.is_dir():
-        raise ValueError(f"load_checkpoint: {path} is a folder, expected a file")
+        raise ValueError(f"{op}: {path} is a folder without model.safetensors, expected a file")
     if not os.access(path, os.R_OK):
-        raise PermissionError(f"load_checkpoint: no permission to read {path}")
+        raise PermissionError(f"{op}: no permission to read {path}")
     try:
-        return _read(path)
+        return read(path), path
     except MissingExtra:
         raise
     except Exception as error:
@@ -93,13 +105,17 @@ def _read_checkpoint(path: Path) -> Any:
         refused = re.search(r"[Uu]nsupported global: (?:GLOBAL )?(\S+)", reason)
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise ValueError(
-                f"load_checkpoint: {path} is refused: it holds a pickled {refused[1]}, which is no "
-                "weight and could run code"
+                f"{op}: {path} is refused: it holds a pickled {refused[1]}, which is no weight and "
+                "could run code"
             ) from error
         # torch.load's advice, some fifteen lines, ends in what went wrong.
         reason = reason.rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+        again = ""
+        if downloaded:
+            path.unlink()
+            again = f"; the download of {source} is removed, try again"
         raise ValueError(
-            f"load_checkpoint: {path} is damaged or truncated: {reason.splitlines()[0]}"
+            f"{op}: {path} is damaged or truncated: {reason.splitlines()[0]}{again}"
         ) from error
 
 
@@ -126,28 +142,56 @@ def _shapes(state: dict[str, Tensor]) -> list[torch.Size]:
     return [state[name].shape for name in _HEAD if name in state]
 
 
+def _compare(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> LoadReport:
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    misshapen = [
+        f"{name} {tuple(value.shape)}, expected {tuple(own[name].shape)}"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    differs = missing or unexpected or misshapen
+    return LoadReport(missing, unexpected, misshapen, variants_of(state) if differs else [])
+
+
+def _advice(own: Mapping[str, Tensor], state: Mapping[str, Tensor], report: LoadReport) -> str:
+    """What to do about weights that do not fit."""
+    differing = [*report.missing, *report.unexpected, *(s.split()[0] for s in report.misshapen)]
+    if all(name in _HEAD for name in differing):
+        return "; only the classifier differs: num_classes keeps the model's own"
+    sizes = sizes_of(state)
+    if sizes and not report.nearest and sizes != sizes_of(own):
+        shown = ", ".join(f"{key}={value}" for key, value in sizes.items())
+        return f"; the weights have {shown}, which is no published variant"
+    return ""
+
+
 def load_checkpoint(
     model: nn.Module,
-    path: str | PathLike[str],
+    path_or_repo_id: str | PathLike[str],
     *,
     strict: bool = True,
     num_classes: int | None = None,
 ) -> LoadReport:
-    """Loads a checkpoint file into a model, and returns what did not match.
+    """Loads weights into a model, and returns what did not match.
 
-    `path` is a .safetensors file or one of torch.save (.pth, .pt, .pth.tar) that holds a state dict
-    or a dict with one under the first of state_dict_ema, model_ema, state_dict and model that is
-    there. Prefixes such as "module." that all names share are stripped. With `strict`, every name
-    and shape must match, or ValueError lists the differences and the model stays as it was;
-    without, what matches is loaded, at least one tensor.
+    `path_or_repo_id` is a .safetensors file or one of torch.save (.pth, .pt, .pth.tar); a folder
+    with a model.safetensors; the name of a Hugging Face repository with one, "owner/name", which
+    huggingface_hub fetches or finds in its cache; or a URL of such a file, kept in torch.hub's
+    cache. A file of torch.save holds a state dict or a dict with one under the first of
+    state_dict_ema, model_ema, state_dict and model that is there. Prefixes such as "module." that
+    all names share are stripped. Windows of another size fit: no parameter depends on them.
 
-    `num_classes`, the model's number of classes, asks for a file with another classifier, or none,
-    to be taken as well: the model then keeps its own.
+    With `strict`, every name and shape must match, or ValueError lists the differences, with the
+    published variant that would fit, and the model stays as it was; without, what matches is
+    loaded, at least one tensor. `num_classes`, the model's number of classes, asks for weights with
+    another classifier, or none, to be taken as well: the model then keeps its own.
 
     Raises FileNotFoundError, PermissionError, ValueError for a damaged, truncated, unsafe or
-    misfitting file, RuntimeError where safetensors is not installed.
+    misfitting file, RuntimeError where nothing can be fetched or safetensors is not installed.
 
     >>> load_checkpoint(model, "mambavision_tiny_1k.pth.tar")  # doctest: +SKIP
+    >>> load_checkpoint(model, "nvidia/MambaVision-T-1K")  # doctest: +SKIP
     """
     model = _bare(model)
     own = model.state_dict()
@@ -161,30 +205,35 @@ def load_checkpoint(
         raise ValueError(
             f"load_checkpoint: num_classes must be that of the model, {classes}, got {num_classes}"
         )
-    state = _state_dict(_read_checkpoint(Path(path)), Path(path))
+    state = _state_dict(*_open("load_checkpoint", path_or_repo_id))
     if num_classes is not None and _shapes(state) != _shapes(own):
         state = {k: v for k, v in state.items() if k not in _HEAD}
         state |= {k: own[k] for k in _HEAD if k in own}
-    report = LoadReport(
-        missing=[name for name in own if name not in state],
-        unexpected=[name for name in state if name not in own],
-        misshapen=[
-            f"{name} {tuple(value.shape)}, expected {tuple(own[name].shape)}"
-            for name, value in state.items()
-            if name in own and value.shape != own[name].shape
-        ],
-    )
+    report = _compare(own, state)
     if strict and any(report):
         raise ValueError(
-            f"load_checkpoint: {path} does not fit this {type(model).__name__}: {report}"
+            f"load_checkpoint: {path_or_repo_id} does not fit this {type(model).__name__}: "
+            f"{report}{_advice(own, state, report)}"
         )
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if not fitting:
         raise ValueError(
-            f"load_checkpoint: nothing in {path} fits this {type(model).__name__}: {report}"
+            f"load_checkpoint: nothing in {path_or_repo_id} fits this {type(model).__name__}: "
+            f"{report}{_advice(own, state, report)}"
         )
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def read_config(path_or_repo_id: str | PathLike[str]) -> dict[str, Any]:
+    """What `save_checkpoint` kept beside the weights; empty for files written by others.
+
+    Sources and errors are those of `load_checkpoint`.
+
+    >>> read_config("model.safetensors")["depths"]  # doctest: +SKIP
+    [1, 3, 8, 4]
+    """
+    return _open("read_config", path_or_repo_id, _read_config)[0]
 
 
 @contextmanager
@@ -199,14 +248,20 @@ def _replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def save_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
+def save_checkpoint(
+    model: nn.Module, path: str | PathLike[str], *, config: Mapping[str, Any] | None = None
+) -> None:
     """Saves a model's weights: .safetensors, or .pth, .pt, .pth.tar for torch.save's format.
 
-    Wrappers such as DistributedDataParallel leave no trace in the names. The file appears whole or
-    not at all. Raises ValueError for another ending, FileNotFoundError for a folder that is not
-    there, RuntimeError where safetensors is not installed.
+    With them go the arguments a `MambaVision` was made from and, over these, what `config` adds,
+    such as label names: plain values that JSON can hold, for `read_config`. Wrappers such as
+    DistributedDataParallel leave no trace in the names. The file appears whole or not at all.
 
-    >>> save_checkpoint(model, "model.safetensors")  # doctest: +SKIP
+    Raises ValueError for another ending or a config that is not plain, FileNotFoundError for a
+    folder that is not there, RuntimeError where safetensors is not installed.
+
+    >>> save_checkpoint(model, "model.safetensors", config={"labels": ["cat", "dog"]})
+    ... # doctest: +SKIP
     """
     path = Path(path)
     if not path.name.endswith((".safetensors", ".pth", ".pt", ".pth.tar")):
@@ -217,32 +272,18 @@ def save_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
         raise FileNotFoundError(f"save_checkpoint: no folder {path.parent}")
     if path.is_dir():
         raise ValueError(f"save_checkpoint: {path} is a folder, expected a file")
-    state = {k: x.detach().cpu().contiguous() for k, x in _bare(model).state_dict().items()}
+    model = _bare(model)
+    arguments = getattr(model, "arguments", None)
+    kept = {**(arguments if isinstance(arguments, Mapping) else {}), **(config or {})}
+    try:
+        text = json.dumps(kept)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save_checkpoint: config must be plain values: {error}") from None
+    state = {k: x.detach().cpu().contiguous() for k, x in model.state_dict().items()}
     if path.suffix == ".safetensors":
         save_file = _safetensors().save_file
         with _replacing(path) as temporary:
-            save_file(state, temporary)
+            save_file(state, temporary, metadata={"format": "pt", "config": text})
     else:
         with _replacing(path) as temporary:
-            torch.save({"state_dict": state}, temporary)
-
-
-def download_checkpoint(repository: str) -> str:
-    """The path of a published model.safetensors, fetched by huggingface_hub or from its cache.
-
-    Raises RuntimeError, in one line, where it cannot be had.
-    """
-    try:
-        download = import_module("huggingface_hub").hf_hub_download
-    except ImportError:
-        raise MissingExtra("huggingface_hub", "pretrained=True") from None
-    warnings.warn(LICENCE, stacklevel=3)
-    try:
-        return download(repository, "model.safetensors")
-    except Exception as error:
-        # Whatever it was, offline, refused or gone: the way out is the same.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RuntimeError(
-            f"the weights of {repository} cannot be fetched ({reason}); download model.safetensors "
-            "elsewhere and pass checkpoint=PATH"
-        ) from error
+            torch.save({"state_dict": state, "config": json.loads(text)}, temporary)

@@ -25,8 +25,14 @@ MAY_IMPORT = {
     "mambavision.mixer": {"torch", "einops", "mambavision.ops"},
     "mambavision.blocks": {"torch", "einops", "mambavision.mixer"},
     "mambavision.model": {"torch", "einops", "mambavision.blocks", "mambavision.mixer"},
-    "mambavision.variants": {"mambavision.model", "mambavision.weights"},
-    "mambavision.weights": {"torch", "safetensors", "huggingface_hub"},
+    "mambavision.published": {"torch"},
+    "mambavision.hub": {"torch", "huggingface_hub"},
+    "mambavision.weights": {
+        "torch", "safetensors", "mambavision.hub", "mambavision.published",
+    },
+    "mambavision.variants": {
+        "mambavision.hub", "mambavision.model", "mambavision.published", "mambavision.weights",
+    },
 }  # fmt: skip
 # Only the dispatch point chooses a backend, and the oracle is for checking.
 NOT_ABOVE_OPS = ("mambavision.kernels", "mambavision.torch_backend", "triton")

@@ -3,13 +3,22 @@
 import argparse
 import os
 import pickle
+import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mambavision import MambaVision, create_model, load_checkpoint, save_checkpoint
+from mambavision.published import variants_of
+from mambavision.variants import VARIANTS
+from mambavision.weights import read_config
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
     "dim": 8, "in_dim": 4, "depths": (1, 1, 1, 1), "window_size": (8, 8, 4, 2), "mlp_ratio": 1,
     "num_heads": (1, 1, 1, 1),
@@ -131,7 +140,7 @@ def test_file_without_weights(tmp_path, content):
 def test_paths_that_are_no_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file"):
         load_checkpoint(model(), tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match="is a folder without model.safetensors"):
         load_checkpoint(model(), tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder"):
         save_checkpoint(model(), tmp_path / "none" / "m.pth")
@@ -167,19 +176,174 @@ def test_create_model_from_a_file(tmp_path):
         create_model("mamba_vision_T", pretrained=True, checkpoint=tmp_path / "m.pth", **small)
 
 
-def test_pretrained_offline_says_what_to_do(monkeypatch):
-    """A stand-in for huggingface_hub, which answers as it does without a network."""
+def test_config_is_kept_with_the_weights(tmp_path):
+    source = model()
+    source.reset_classifier(3)
+    for ending in (".safetensors", ".pth"):
+        path = tmp_path / f"m{ending}"
+        save_checkpoint(source, path, config={"labels": ["a", "b", "c"]})
+        config = read_config(path)
+        assert config.pop("labels") == ["a", "b", "c"]
+        again = MambaVision(**config)
+        assert again.arguments == source.arguments
+        load_checkpoint(again, path)
+        assert_same(again, source)
+    with pytest.raises(ValueError, match="plain values"):
+        save_checkpoint(source, path, config={"labels": {1, 2}})
+    torch.save(source.state_dict(), path)
+    assert read_config(path) == {}
 
-    class Hub:
-        @staticmethod
-        def hf_hub_download(repository, name):
-            raise OSError(f"cannot reach {repository}/{name}\nand a long story")
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
-    with pytest.warns(UserWarning, match="CC-BY-NC-SA"):
-        with pytest.raises(RuntimeError) as error:
-            create_model("mamba_vision_T", pretrained=True)
-    assert "pass checkpoint=PATH" in str(error.value) and "\n" not in str(error.value)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(RuntimeError, match="pip install"):
-        create_model("mamba_vision_T", pretrained=True)
+def test_nearest_variant_is_named(tmp_path):
+    with torch.device("meta"):
+        small = create_model("mamba_vision_S").state_dict()
+    torch.save({k: torch.zeros(()).expand(x.shape) for k, x in small.items()}, tmp_path / "s.pth")
+    with pytest.raises(ValueError, match="the weights have the sizes of mamba_vision_S$"):
+        load_checkpoint(model(), tmp_path / "s.pth")
+    save_checkpoint(model(), tmp_path / "m.pth")
+    with pytest.raises(ValueError, match=r"dim=8, in_dim=4, depths=\(1, 1, 1, 1\)"):
+        load_checkpoint(MambaVision(**{**CONFIG, "dim": 16}), tmp_path / "m.pth")
+    with pytest.raises(ValueError, match="only the classifier differs: num_classes keeps"):
+        load_checkpoint(model(num_classes=3), tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_known_by_its_weights(name):
+    with torch.device("meta"):
+        state = create_model(name, num_classes=0).state_dict()
+    assert name in variants_of(state)
+    sizes = [VARIANTS[other].arguments for other in variants_of(state)]
+    assert all({**s, "window_size": 0} == {**sizes[0], "window_size": 0} for s in sizes)
+
+
+def test_folder_with_weights(tmp_path):
+    save_checkpoint(model(seed=1), tmp_path / "model.safetensors")
+    target = model()
+    load_checkpoint(target, tmp_path)
+    assert_same(target, model(seed=1))
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves the folder `site`; what is below cut/ breaks off half-way."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    site = tmp_path / "site"
+    (site / "cut").mkdir(parents=True)
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=site)
+
+        def copyfile(self, source, outputfile):
+            data = source.read()
+            outputfile.write(data[: len(data) // 2] if "/cut/" in self.path else data)
+
+        def log_message(self, *_):
+            served.append(self.path)
+
+    served = []
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield site, f"http://127.0.0.1:{http.server_port}", served
+    http.shutdown()
+    http.server_close()
+
+
+def test_url_is_fetched_once(server):
+    site, address, served = server
+    for seed in (1, 2):
+        (site / str(seed)).mkdir()
+        save_checkpoint(model(seed=seed), site / str(seed) / "model.safetensors")
+    for seed in (1, 2, 1, 2):
+        target = model()
+        load_checkpoint(target, f"{address}/{seed}/model.safetensors")
+        assert_same(target, model(seed=seed))
+    assert len(served) == 2
+    target = model()
+    load_checkpoint(target, (site / "1" / "model.safetensors").as_uri())
+    assert_same(target, model(seed=1))
+
+
+def test_url_that_fails_leaves_nothing_behind(server):
+    site, address, served = server
+    save_checkpoint(model(), site / "cut" / "m.pth")
+    for attempt in (1, 2):
+        with pytest.raises(ValueError, match="damaged or truncated.*try again"):
+            load_checkpoint(model(), f"{address}/cut/m.pth")
+        assert len(served) == attempt
+    with pytest.raises(RuntimeError, match="404") as error:
+        load_checkpoint(model(), f"{address}/none.pth")
+    assert "\n" not in str(error.value)
+    with pytest.raises(RuntimeError, match="cannot be fetched"):
+        load_checkpoint(model(), "http://127.0.0.1:1/m.pth")
+
+
+def published_cache(folder, repository):
+    """As huggingface_hub lays out its cache; returns the folder of the files."""
+    home = folder / "hub" / f"models--{repository.replace('/', '--')}"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    (home / "snapshots" / revision).mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(revision)
+    return home / "snapshots" / revision
+
+
+def offline(code, home):
+    """Runs code in a process without network whose Hugging Face cache is in `home`."""
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_pretrained_from_the_hub_cache(tmp_path):
+    torch.manual_seed(0)
+    source = create_model("mamba_vision_T").half()
+    state = {f"model.{name}": value for name, value in source.state_dict().items()}
+    files = published_cache(tmp_path, "nvidia/MambaVision-T-1K")
+    save_file(state, files / "model.safetensors")
+    out, err = offline(
+        """
+import warnings
+from mambavision import create_model, load_checkpoint
+warnings.simplefilter("always")
+model = create_model("mamba_vision_T", pretrained=True)
+print(model.head.weight.double().sum().item(), model.levels[2].blocks[0].mixer.D.sum().item())
+print(not any(load_checkpoint(model, "nvidia/MambaVision-T-1K")))
+print(create_model("mamba_vision_T", pretrained=True, num_classes=3).head.out_features)
+""",
+        tmp_path,
+    )
+    head, D = source.head.weight.double().sum().item(), source.levels[2].blocks[0].mixer.D
+    assert out.splitlines() == [f"{head} {D.float().sum().item()}", "True", "3"]
+    assert err.count("CC-BY-NC-SA") == 1
+
+
+def test_offline_says_what_to_do(tmp_path):
+    out, err = offline(
+        """
+import sys
+from mambavision import create_model, load_checkpoint
+for attempt in (
+    lambda: create_model("mamba_vision_S", pretrained=True),
+    lambda: load_checkpoint(create_model("mamba_vision_T"), "someone/else"),
+):
+    try:
+        attempt()
+    except RuntimeError as error:
+        print(error)
+sys.modules["huggingface_hub"] = None
+try:
+    create_model("mamba_vision_S", pretrained=True)
+except RuntimeError as error:
+    print(error)
+""",
+        tmp_path,
+    )
+    published, other, missing = out.splitlines()
+    assert "nvidia/MambaVision-S-1K" in published and "checkpoint=PATH" in published
+    assert "someone/else cannot be fetched (offline" in other
+    assert "pip install 'mambavision-triton[weights]'" in missing
+    assert err.count("CC-BY-NC-SA") == 1
