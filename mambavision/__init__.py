@@ -29,6 +29,9 @@ else:
     )
 
 if TYPE_CHECKING:
+    from .fuse import fuse_mixers as fuse_mixers
+    from .fuse import unfuse_mixers as unfuse_mixers
+    from .mamba_ssm import provide_mamba_ssm as provide_mamba_ssm
     from .mixer import MambaVisionMixer as MambaVisionMixer
     from .model import MambaVision as MambaVision
     from .ops import conv1d_silu as conv1d_silu
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from .variants import create_model as create_model
     from .variants import list_models as list_models
     from .weights import load_checkpoint as load_checkpoint
+    from .weights import read_config as read_config
     from .weights import save_checkpoint as save_checkpoint
 
 _HOME = {
@@ -44,11 +48,15 @@ _HOME = {
     "MambaVisionMixer": "mixer",
     "conv1d_silu": "ops",
     "create_model": "variants",
+    "fuse_mixers": "fuse",
     "list_models": "variants",
     "load_checkpoint": "weights",
+    "provide_mamba_ssm": "mamba_ssm",
+    "read_config": "weights",
     "save_checkpoint": "weights",
     "selective_scan": "ops",
     "selective_scan_fn": "ops",
+    "unfuse_mixers": "fuse",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -36,7 +36,7 @@ MAY_IMPORT = {
 }  # fmt: skip
 # Only the dispatch point chooses a backend, and the oracle is for checking.
 NOT_ABOVE_OPS = ("mambavision.kernels", "mambavision.torch_backend", "triton")
-MAY_USE_REFERENCE = {"mambavision.selfcheck"}
+MAY_USE_REFERENCE = {"mambavision.mamba_ssm", "mambavision.selfcheck"}
 
 
 def module_name(path: Path) -> str:
