@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ..errors import CommandError
-from ..variants import VARIANTS, Variant
+from ..published import VARIANTS, Variant
 from .options import Options
 
 __all__ = ["Images", "Splits", "evaluation_loader", "open_data", "seed_all", "training_loader"]

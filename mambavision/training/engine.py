@@ -65,8 +65,7 @@ def build_model(options: Options, num_classes: int) -> MambaVision:
     overrides: dict[str, Any] = {"num_classes": num_classes, "drop_rate": options.drop}
     if options.drop_path is not None:
         overrides["drop_path_rate"] = options.drop_path
-    for name, value in options.model_kwargs.items():
-        overrides[name] = tuple(value) if isinstance(value, list) else value
+    overrides |= options.model_kwargs
     checkpoint = options.initial_checkpoint or None
     try:
         return create_model(options.model, options.pretrained, checkpoint, **overrides)
@@ -101,8 +100,11 @@ class Trainer:
         model.set_grad_checkpointing(options.grad_checkpointing)
         self.ema: Any = None
         if options.model_ema:
-            # Copied before the wrappers, which do not like to be.
-            self.ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=True)
+            # Copied before the wrappers, which do not like to be. One call for all tensors cannot
+            # mix sharded parameters with whole statistics.
+            self.ema = ModelEmaV3(
+                model, options.model_ema_decay, use_warmup=True, foreach=not options.fsdp
+            )
             if options.fsdp:
                 Wrapped(self.ema.module, ranks, fsdp=True)
         self.wrapped = Wrapped(model, ranks, options.fsdp)
@@ -197,11 +199,14 @@ class Trainer:
         if self.ema:
             self.ema.update(self.model, step=self.updates)
 
+    def _average_statistics(self) -> None:
+        for model in [self.model, *([self.ema.module] if self.ema else [])]:
+            parallel.average_statistics(model, self.ranks)
+
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
         """Loss, top-1 and top-5 of `best_weights` over all processes' batches."""
-        for model in [self.model, *([self.ema.module] if self.ema else [])]:
-            parallel.average_statistics(model, self.ranks)
+        self._average_statistics()
         model = self.best_weights.eval()
         metrics = Metrics(self.ranks.device)
         for batch in batches:
@@ -228,6 +233,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on. Every process must call it."""
         fsdp = self.options.fsdp
+        self._average_statistics()
         state = {
             "state_dict": parallel.model_state(self.model, fsdp),
             "optimizer": parallel.optimizer_state(self.model, self.optimizer, fsdp),
@@ -250,4 +256,4 @@ class Trainer:
         self.updates = state["updates"]
         # They are sums over all processes.
         if self.ranks.rank == 0:
-            self.train_metrics.sums.copy_(torch.tensor(state["train_sums"]))
+            self.train_metrics.sums.copy_(torch.tensor(state["train_sums"], dtype=torch.float64))

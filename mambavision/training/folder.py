@@ -27,7 +27,7 @@ from .. import __version__
 from ..errors import CommandError
 from .options import Options
 
-__all__ = ["RunFolder", "metadata_of", "whole"]
+__all__ = ["RunFolder", "whole"]
 
 Row = dict[str, float]
 
@@ -56,13 +56,6 @@ def whole(path: Path) -> Iterator[Path]:
         reason = str(error) or type(error).__name__
         kept = f"; {path} is as it was" if path.exists() else ""
         raise CommandError(f"cannot write {path}: {reason.splitlines()[0]}{kept}") from error
-
-
-def metadata_of(options: Options, classes: list[str]) -> dict[str, Any]:
-    """What a reader of the weights needs to make the model and to prepare its images."""
-    names = ("model", "model_kwargs", "img_size", "crop_pct")
-    about = {name: value for name, value in options.as_dict().items() if name in names}
-    return {**about, "classes": classes, "version": __version__}
 
 
 class RunFolder:
@@ -105,22 +98,16 @@ class RunFolder:
             reason = type(error).__name__
             raise CommandError(f"{path} is damaged or no checkpoint ({reason})") from None
 
-    def write(
-        self,
-        state: Mapping[str, Any],
-        options: Options,
-        history: list[Row],
-        improved: bool = False,
-    ) -> None:
+    def write(self, state: Mapping[str, Any], improved: bool = False) -> None:
         """Writes a checkpoint; with `improved`, as the best so far, too."""
         if not self.main:
             return
         if improved:
-            self._write_weights(state, options)
+            self._write_weights(state)
             with whole(self.best) as temporary:
                 torch.save(state, temporary)
-        if history:
-            self._write_results(history)
+        if state["history"]:
+            self._write_results(state["history"])
         with whole(self.last) as temporary:
             # A second name for the same bytes: checkpoints are replaced, never changed.
             if improved:
@@ -128,15 +115,15 @@ class RunFolder:
             else:
                 torch.save(state, temporary)
 
-    def _write_weights(self, state: Mapping[str, Any], options: Options) -> None:
+    def _write_weights(self, state: Mapping[str, Any]) -> None:
         from safetensors.torch import save
 
         weights: Mapping[str, Tensor] = state.get("state_dict_ema", state["state_dict"])
-        about = json.dumps(metadata_of(options, state["classes"]))
+        about = {"format": "pt", "config": json.dumps(state["config"])}
         with whole(self.path / "model.safetensors") as temporary:
             # save_file would make a file that only its owner may read.
             tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
-            temporary.write_bytes(save(tensors, {"format": "pt", "mambavision": about}))
+            temporary.write_bytes(save(tensors, about))
 
     def _write_results(self, history: list[Row]) -> None:
         with whole(self.path / "results.csv") as temporary:

@@ -5,6 +5,7 @@ seed, epoch and step (see `data`), a run that is killed and resumed ends with th
 was not, on one CPU process with the same number of threads.
 """
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import CommandError
+from ..published import VARIANTS
 from . import parallel
 from .data import TrainingSampler, evaluation_loader, open_data, training_loader
 from .engine import Metrics, Trainer
@@ -108,6 +110,10 @@ class _Loggers:
             self.wandb.log(row, step=epoch)
 
 
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
 class _Run:
     """A run in progress: counters beside the trainer's, and the loaders."""
 
@@ -120,10 +126,10 @@ class _Run:
         self.batches, self.sampler = training_loader(
             splits.train, options, ranks.rank, ranks.count, ranks.device
         )
+        self.trainer = Trainer(options, len(self.classes), len(self.batches), ranks)
         self.validation = evaluation_loader(
             splits.val, options, ranks.rank, ranks.count, ranks.device
         )
-        self.trainer = Trainer(options, len(self.classes), len(self.batches), ranks)
         self.images_per_step = options.batch_size * ranks.count
         self.history: list[Row] = []
         self.epoch = 0
@@ -139,21 +145,36 @@ class _Run:
             "epoch": self.epoch,
             "epoch_updates": self.updates,
             "history": self.history,
-            "classes": self.classes,
+            "config": self.config(),
             "images_per_update": self.images_per_step * self.options.grad_accum_steps,
             "args": self.options.as_dict(),
         }
 
+    def config(self) -> dict[str, Any]:
+        """What a reader of the weights needs: the model's arguments, labels, preprocessing."""
+        options = self.options
+        variant = VARIANTS[options.model]
+        about = {
+            **self.trainer.model.arguments,
+            "model": options.model,
+            "labels": self.classes,
+            "input_size": options.img_size,
+            "crop_pct": options.crop_pct or variant.crop_pct,
+            "crop_mode": variant.crop_mode,
+            "mean": variant.mean,
+            "std": variant.std,
+        }
+        return json.loads(json.dumps(about))
+
     def resume(self, path: Path) -> None:
         state = self.folder.load(path)
-        missing = {"state_dict", "optimizer", "epoch", "classes", "history"} - state.keys()
-        if missing:
-            raise CommandError(f"{path} is no checkpoint of a run: {sorted(missing)} missing", 2)
-        if state["classes"] != self.classes:
+        if not isinstance(state, dict) or not {"optimizer", "epoch", "config"} <= state.keys():
+            raise CommandError(f"{path} is no checkpoint of a run", 2)
+        labels = state["config"]["labels"]
+        if labels != self.classes:
             raise CommandError(
-                f"{path} was trained on {len(state['classes'])} classes, {self.options.data} has "
-                f"{len(self.classes)}" + (" of the same number but other names" if len(
-                    state["classes"]) == len(self.classes) else ""), 2,
+                f"{path} was trained on {len(labels)} classes ({_some(labels)}), "
+                f"{self.options.data} has {len(self.classes)} ({_some(self.classes)})", 2,
             )  # fmt: skip
         images = self.images_per_step * self.options.grad_accum_steps
         if state["epoch_updates"] and state["images_per_update"] != images:
@@ -171,7 +192,7 @@ class _Run:
 
     def save(self, improved: bool = False) -> None:
         """Writes a checkpoint."""
-        self.folder.write(self.state_dict(), self.options, self.history, improved)
+        self.folder.write(self.state_dict(), improved)
 
     def _finite(self, check: Any) -> None:
         try:
@@ -205,6 +226,7 @@ class _Run:
                 if self.updates % options.recovery_interval == 0:
                     self._finite(trainer.check_weights)
                     self.save()
+        display.show(self.epoch, trainer.epochs, trainer.train_metrics)
 
     def finish_epoch(self, images_per_second: float) -> tuple[Row, bool]:
         """Validates, and writes the row, the checkpoint and, where it is, the best."""

@@ -45,6 +45,11 @@ def _literal(text: str) -> Any:
         return text
 
 
+def _turned(value: Any, kind: type, other: type) -> Any:
+    """The sequences of one kind as the other: YAML has lists only."""
+    return other(value) if isinstance(value, kind) else value
+
+
 COUNT, SIZE = _number(int, 0), _number(int, 1)
 AMOUNT, RATE = _number(float, 0), _number(float, 0, above=True)
 SHARE = _number(float, 0, 1)
@@ -161,9 +166,14 @@ class Options:
         False, "shard weights over the processes (FSDP) instead of copying them (DDP)", group=_SPEED
     )
 
+    def __post_init__(self) -> None:
+        self.model_kwargs = {k: _turned(v, list, tuple) for k, v in self.model_kwargs.items()}
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as args.yaml and checkpoints hold them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        plain = {k: _turned(v, tuple, list) for k, v in asdict(self).items()}
+        kwargs = {k: _turned(v, tuple, list) for k, v in self.model_kwargs.items()}
+        return {**plain, "model_kwargs": kwargs}
 
 
 # The paper (arXiv 2407.08083, section 4) states optimizer, rate, batch, decay, epochs, warm-up and
@@ -307,8 +317,7 @@ def resolve(given: Mapping[str, Any], config: Path | None = None) -> Options:
     >>> resolve({"preset": "finetune", "epochs": 3}).epochs
     3
     """
-    given = {k: dict(v) if k == "model_kwargs" else v for k, v in given.items()}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    given = {k: _turned(v, list, tuple) for k, v in given.items()}
     file = read_yaml(config) if config else {}
     preset = given.get("preset", file.get("preset", ""))
     return Options(**{**PRESETS.get(preset, {}), **file, **given})

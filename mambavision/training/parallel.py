@@ -5,7 +5,7 @@
 
 DDP copies the model to every process and averages gradients; FSDP (`fully_shard`) splits every
 stage's parameters, gradients and optimizer state over the processes. Batch norm counts each
-process's own images; before an evaluation the running statistics are averaged.
+process's own images; before an evaluation or a checkpoint the running statistics are averaged.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -66,7 +66,9 @@ class Wrapped:
             fully_shard(bare)
         elif ranks.count > 1:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
-            self.run = self.ddp = DistributedDataParallel(bare, devices)
+            self.run = self.ddp = DistributedDataParallel(
+                bare, devices, broadcast_buffers=False
+            )
 
     def synchronising(self, now: bool) -> AbstractContextManager[Any]:
         """Whether gradients computed inside are averaged over the processes."""
