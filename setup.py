@@ -25,10 +25,12 @@ EXTRAS = {
         "timm>=1.0.31",
         "tqdm>=4.60",
     ],
+    "transformers": ["pillow>=10", "transformers>=5.23"],
     "weights": ["huggingface_hub>=0.23", "safetensors>=0.4"],
     "test": ["hypothesis>=6.100", "numpy", "pytest>=8", "pytest-xdist>=3.5", "safetensors>=0.4"],
 }
-EXTRAS["dev"] = [*EXTRAS["demo"], *EXTRAS["train"], *EXTRAS["weights"], *EXTRAS["test"]]
+EXTRAS["dev"] = [*EXTRAS["demo"], *EXTRAS["train"], *EXTRAS["transformers"], *EXTRAS["weights"]]
+EXTRAS["dev"] += EXTRAS["test"]
 EXTRAS["dev"] += ["build>=1", "mypy>=1.10", "ruff>=0.6"]
 
 init = (ROOT / "mambavision" / "__init__.py").read_text(encoding="utf-8")

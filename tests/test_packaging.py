@@ -81,7 +81,8 @@ def test_metadata(wheel):
     assert {re.split(r"[^\w-]", r)[0] for r in required} == {"torch", "einops", "triton"}
     (triton,) = (r for r in required if r.startswith("triton"))
     assert 'platform_system == "Linux"' in triton
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "weights", "test", "dev"}
+    extras = {"demo", "train", "transformers", "weights", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
     minors = [10, 11, 12, 13]
     for minor in minors:
         classifier = f"Programming Language :: Python :: 3.{minor}"
