@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt
 from _draw import (
     INK,
     MUTED,
+    PROVIDERS,
     STYLE,
     bars,
     by_rank,
@@ -43,7 +44,7 @@ from matplotlib.lines import Line2D
 from rows import DIRECTIONS, OPERATORS, Row, group, machine, measured, newest, read, times
 from zoo import MODELS
 
-__all__ = ["FIGURES", "draw"]
+__all__ = ["FIGURES", "PROVIDERS", "draw", "look"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
