@@ -25,7 +25,7 @@ EXTRAS = {
         "timm>=1.0.31",
         "tqdm>=4.60",
     ],
-    "transformers": ["pillow>=10", "transformers>=5.23"],
+    "transformers": ["pillow>=10", 'transformers>=5.23; python_version >= "3.11"'],
     "weights": ["huggingface_hub>=0.23", "safetensors>=0.4"],
     "test": ["hypothesis>=6.100", "numpy", "pytest>=8", "pytest-xdist>=3.5", "safetensors>=0.4"],
 }

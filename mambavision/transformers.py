@@ -113,8 +113,6 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block", "ConvBlock"]
-    # In 16 bits a decay exp(dt A) near 1 would change by more than it decays.
-    _keep_in_fp32_modules_strict = {"A_log", "D"}
     config: MambaVisionConfig
     model: Any
 

@@ -200,6 +200,9 @@ def test_nearest_variant_is_named(tmp_path):
     torch.save({k: torch.zeros(()).expand(x.shape) for k, x in small.items()}, tmp_path / "s.pth")
     with pytest.raises(ValueError, match="the weights have the sizes of mamba_vision_S$"):
         load_checkpoint(model(), tmp_path / "s.pth")
+    with torch.device("meta"):
+        scaled = create_model("mamba_vision_T", layer_scale=1e-5).state_dict()
+    assert variants_of(scaled) == variants_of({}) == []
     save_checkpoint(model(), tmp_path / "m.pth")
     with pytest.raises(ValueError, match=r"dim=8, in_dim=4, depths=\(1, 1, 1, 1\)"):
         load_checkpoint(MambaVision(**{**CONFIG, "dim": 16}), tmp_path / "m.pth")
