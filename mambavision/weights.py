@@ -281,9 +281,10 @@ def save_checkpoint(
         raise ValueError(f"save_checkpoint: config must be plain values: {error}") from None
     state = {k: x.detach().cpu().contiguous() for k, x in model.state_dict().items()}
     if path.suffix == ".safetensors":
-        save_file = _safetensors().save_file
+        save = _safetensors().save
         with _replacing(path) as temporary:
-            save_file(state, temporary, metadata={"format": "pt", "config": text})
+            # save_file would make a file that only its owner may read.
+            temporary.write_bytes(save(state, {"format": "pt", "config": text}))
     else:
         with _replacing(path) as temporary:
             torch.save({"state_dict": state, "config": json.loads(text)}, temporary)

@@ -42,6 +42,8 @@ def test_saved_and_loaded(tmp_path, ending):
     assert not any(load_checkpoint(target, tmp_path / f"m{ending}"))
     assert_same(target, source)
     assert os.listdir(tmp_path) == [f"m{ending}"]
+    (tmp_path / "other").touch()
+    assert (tmp_path / f"m{ending}").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("prefix", ("", "module.", "encoder.", "module.model.", "timm_model."))
