@@ -43,13 +43,12 @@ class LoadReport(NamedTuple):
     nearest: list[str]
 
     def __str__(self) -> str:
-        parts = []
+        nearest = " or ".join(self.nearest)
+        parts = [f"the weights have the sizes of {nearest}"] if nearest else []
         for kind, names in list(self._asdict().items())[:3]:
             if names:
-                more = f", and {len(names) - 8} more" if len(names) > 8 else ""
-                parts.append(f"{len(names)} {kind}: {', '.join(names[:8])}{more}")
-        if self.nearest:
-            parts.append(f"the weights have the sizes of {' or '.join(self.nearest)}")
+                more = f", and {len(names) - 4} more" if len(names) > 4 else ""
+                parts.append(f"{len(names)} {kind}: {', '.join(names[:4])}{more}")
         return "; ".join(parts) or "everything matches"
 
 
@@ -102,14 +101,22 @@ def _open(
     except Exception as error:
         # Damaged bytes raise whatever the reader stumbled over: a dozen types are known.
         reason = str(error)
-        refused = re.search(r"[Uu]nsupported global: (?:GLOBAL )?(\S+)", reason)
+        refused = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", reason)
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise ValueError(
                 f"{op}: {path} is refused: it holds a pickled {refused[1]}, which is no weight and "
                 "could run code"
             ) from error
-        # torch.load's advice, some fifteen lines, ends in what went wrong.
-        reason = reason.rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+        # With this byte a pickle of protocol 4 or newer begins.
+        if "Unsupported operand 149" in reason:
+            raise ValueError(
+                f"{op}: {path} is refused: a safe load reads pickle protocols up to 3; save it "
+                "again with torch.save's own"
+            ) from error
+        # torch.load's advice, some fifteen lines, may end in what went wrong.
+        reason = reason.rpartition("WeightsUnpickler error:")[2].strip()
+        if not reason or reason.startswith("Weights only load failed"):
+            reason = type(error).__name__
         again = ""
         if downloaded:
             path.unlink()

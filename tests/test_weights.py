@@ -112,10 +112,11 @@ def test_pickled_code_is_refused(tmp_path):
     for protocol in (2, 4):
         path = tmp_path / "bomb.pth"
         torch.save({"state_dict": Bomb()}, path, pickle_protocol=protocol)
-        with pytest.raises(ValueError, match="refused"):
+        reason = r"it holds a pickled \w+.mkdir, " if protocol == 2 else "a safe load reads"
+        with pytest.raises(ValueError, match=f"is refused: {reason}"):
             load_checkpoint(model(), path)
         path.write_bytes(pickle.dumps(Bomb(), protocol))
-        with pytest.raises(ValueError, match="bomb.pth"):
+        with pytest.raises(ValueError, match="bomb.pth is (refused|damaged)"):
             load_checkpoint(model(), path)
     assert not flag.exists()
 
@@ -200,7 +201,7 @@ def test_nearest_variant_is_named(tmp_path):
     with torch.device("meta"):
         small = create_model("mamba_vision_S").state_dict()
     torch.save({k: torch.zeros(()).expand(x.shape) for k, x in small.items()}, tmp_path / "s.pth")
-    with pytest.raises(ValueError, match="the weights have the sizes of mamba_vision_S$"):
+    with pytest.raises(ValueError, match="MambaVision: the weights have the sizes of mamba_vision_S; "):
         load_checkpoint(model(), tmp_path / "s.pth")
     with torch.device("meta"):
         scaled = create_model("mamba_vision_T", layer_scale=1e-5).state_dict()
