@@ -201,7 +201,7 @@ def test_nearest_variant_is_named(tmp_path):
     with torch.device("meta"):
         small = create_model("mamba_vision_S").state_dict()
     torch.save({k: torch.zeros(()).expand(x.shape) for k, x in small.items()}, tmp_path / "s.pth")
-    with pytest.raises(ValueError, match="MambaVision: the weights have the sizes of mamba_vision_S; "):
+    with pytest.raises(ValueError, match="the weights have the sizes of mamba_vision_S; "):
         load_checkpoint(model(), tmp_path / "s.pth")
     with torch.device("meta"):
         scaled = create_model("mamba_vision_T", layer_scale=1e-5).state_dict()
