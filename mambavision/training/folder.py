@@ -15,6 +15,7 @@ import csv
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from .options import Options
 __all__ = ["RunFolder", "whole"]
 
 Row = dict[str, float]
+REDRAWN = 10.0  # seconds between drawings
 
 
 @contextmanager
@@ -51,11 +53,25 @@ def whole(path: Path) -> Iterator[Path]:
             finally:
                 os.close(folder)
     except Exception as error:
-        # torch and safetensors have exceptions of their own for a full disk.
         temporary.unlink(missing_ok=True)
-        reason = str(error) or type(error).__name__
+        reason = _reason(error)
         kept = f"; {path} is as it was" if path.exists() else ""
-        raise CommandError(f"cannot write {path}: {reason.splitlines()[0]}{kept}") from error
+        raise CommandError(f"cannot write {path}: {reason}{kept}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """In the system's words where it refused: torch.save hides them behind an error of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
+    return (text or type(error).__name__).splitlines()[0]
+
+
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    # Given a path, torch writes by itself and does not tell why it could not.
+    with open(path, "wb") as file:
+        torch.save(state, file)
 
 
 class RunFolder:
@@ -64,6 +80,7 @@ class RunFolder:
     def __init__(self, path: Path, main: bool = True):
         self.path, self.main = path, main
         self.last, self.best = path / "last.pt", path / "best.pt"
+        self.drawn = -REDRAWN
 
     def create(self, options: Options, command: str, resuming: bool) -> None:
         """Makes the folder, or takes over one whose run is resumed."""
@@ -98,22 +115,24 @@ class RunFolder:
             reason = type(error).__name__
             raise CommandError(f"{path} is damaged or no checkpoint ({reason})") from None
 
-    def write(self, state: Mapping[str, Any], improved: bool = False) -> None:
+    def write(
+        self, state: Mapping[str, Any], improved: bool = False, finished: bool = False
+    ) -> None:
         """Writes a checkpoint; with `improved`, as the best so far, too."""
         if not self.main:
             return
         if improved:
             self._write_weights(state)
             with whole(self.best) as temporary:
-                torch.save(state, temporary)
+                _save(state, temporary)
         if state["history"]:
-            self._write_results(state["history"])
+            self._write_results(state["history"], finished)
         with whole(self.last) as temporary:
             # A second name for the same bytes: checkpoints are replaced, never changed.
             if improved:
                 _link(self.best, temporary)
             else:
-                torch.save(state, temporary)
+                _save(state, temporary)
 
     def _write_weights(self, state: Mapping[str, Any]) -> None:
         from safetensors.torch import save
@@ -125,14 +144,17 @@ class RunFolder:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
             temporary.write_bytes(save(tensors, about))
 
-    def _write_results(self, history: list[Row]) -> None:
+    def _write_results(self, history: list[Row], finished: bool) -> None:
         with whole(self.path / "results.csv") as temporary:
             with open(temporary, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(history[0]))
                 writer.writeheader()
                 writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in history)
-        with whole(self.path / "curves.png") as temporary:
-            _draw(history, temporary)
+        # A drawing takes a quarter of a second, which an epoch of a small run does not.
+        if finished or time.monotonic() - self.drawn > REDRAWN:
+            with whole(self.path / "curves.png") as temporary:
+                _draw(history, temporary)
+            self.drawn = time.monotonic()
 
 
 def _link(source: Path, target: Path) -> None:
@@ -147,7 +169,8 @@ def _draw(history: list[Row], path: Path) -> None:
     """Loss, accuracy and learning rate over the epochs."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.2))
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.15, top=0.9, wspace=0.2)
     panels: Any = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in history]
     curves = [

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from ..errors import CommandError
 from ..published import VARIANTS
 from . import parallel
-from .data import TrainingSampler, evaluation_loader, open_data, training_loader
+from .data import TrainingSampler, evaluation_loader, open_data, stop_workers, training_loader
 from .engine import Metrics, Trainer
 from .folder import Row, RunFolder
 from .options import Options
@@ -192,7 +192,8 @@ class _Run:
 
     def save(self, improved: bool = False) -> None:
         """Writes a checkpoint."""
-        self.folder.write(self.state_dict(), improved)
+        finished = self.epoch == self.trainer.epochs
+        self.folder.write(self.state_dict(), improved, finished)
 
     def _finite(self, check: Any) -> None:
         try:
@@ -292,15 +293,19 @@ def _train(options: Options, ranks: Ranks, resume: str | None, command: str) -> 
     per_epoch = trainer.steps * run.images_per_step
     done = run.epoch * per_epoch + run.updates * options.grad_accum_steps * run.images_per_step
     display = _Display(ranks, trainer.epochs * per_epoch, done)
-    with display.bar:
-        while run.epoch < trainer.epochs:
-            steps = trainer.steps - run.updates * options.grad_accum_steps
-            start = time.perf_counter()
-            run.train_epoch(display)
-            seconds = time.perf_counter() - start
-            row, improved = run.finish_epoch(steps * run.images_per_step / seconds)
-            loggers.log(row)
-            display.line(row, trainer.epochs, improved)
+    try:
+        with display.bar:
+            while run.epoch < trainer.epochs:
+                steps = trainer.steps - run.updates * options.grad_accum_steps
+                start = time.perf_counter()
+                run.train_epoch(display)
+                seconds = time.perf_counter() - start
+                row, improved = run.finish_epoch(steps * run.images_per_step / seconds)
+                loggers.log(row)
+                display.line(row, trainer.epochs, improved)
+    finally:
+        stop_workers(run.batches)
+        stop_workers(run.validation)
     if folder.main:
         print(f"best validation accuracy {run.best:.2%}; weights: {folder.path}/model.safetensors")
     return Result(folder.path, run.best, run.history)
