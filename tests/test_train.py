@@ -360,6 +360,8 @@ def test_folder_of_another_run_is_left_alone(shapes, finished):
 
 def _silent():
     torch.set_num_threads(1)
+    # A loader's workers shall be forked, as they are where nobody asks for a server.
+    multiprocessing.set_start_method("fork", force=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
 
