@@ -514,10 +514,20 @@ def in_two(processes, work, *arguments):
     assert [process.exitcode for process in pair] == [0, 0]
 
 
+def statistics(trainer):
+    """Batch norm's, as a checkpoint keeps them."""
+    state = trainer.state_dict()["state_dict"]
+    return {name: x.clone() for name, x in state.items() if "running" in name}
+
+
+def averaged(first, second):
+    return {name: (x + second[name]) / 2 for name, x in first.items()}
+
+
 def _gradients_of_shard(rank, chosen, shards, norms_in_eval, folder):
-    ranks = parallel.start("cpu", fsdp=False)
-    found = gradients(Trainer(chosen, 3, 6, ranks), shards[rank], norms_in_eval)
-    torch.save(found, folder / f"{rank}.pt")
+    trainer = Trainer(chosen, 3, 6, parallel.start("cpu", fsdp=False))
+    found = gradients(trainer, shards[rank], norms_in_eval)
+    torch.save([found, statistics(trainer)], folder / f"{rank}.pt")
     parallel.stop()
 
 
@@ -528,18 +538,20 @@ def test_gradients_of_two_processes(shapes, processes, tmp_path, norms_in_eval):
     first, second, third, fourth = fixed_batches(4)
     shards = [[first, second], [third, fourth]]
     in_two(processes, _gradients_of_shard, chosen, shards, norms_in_eval, tmp_path)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    assert_close(found[0], found[1], rtol=0, atol=0)
+    (found, kept), (other, other_kept) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
+    assert_close(found, other, rtol=0, atol=0)
+    assert_close(kept, other_kept, rtol=0, atol=0)
 
-    alone = [gradients(trainer_of(chosen), shard, norms_in_eval) for shard in shards]
-    mean = {name: (alone[0][name] + alone[1][name]) / 2 for name in alone[0]}
-    assert_close(found[0], mean, rtol=1e-4, atol=1e-6)
+    trainers = [trainer_of(chosen), trainer_of(chosen)]
+    alone = [gradients(t, s, norms_in_eval) for t, s in zip(trainers, shards, strict=True)]
+    assert_close(found, averaged(*alone), rtol=1e-4, atol=1e-6)
+    assert_close(kept, averaged(*map(statistics, trainers)), rtol=1e-5, atol=1e-7)
     whole = [tuple(torch.cat(x) for x in zip(first, second, third, fourth, strict=True))]
     of_whole = gradients(trainer_of(chosen), whole, norms_in_eval)
     if norms_in_eval:
-        assert_close(found[0], of_whole, rtol=1e-4, atol=1e-6)
+        assert_close(found, of_whole, rtol=1e-4, atol=1e-6)
     else:
-        assert any(not torch.allclose(g, of_whole[n], atol=1e-4) for n, g in found[0].items())
+        assert any(not torch.allclose(g, of_whole[n], atol=1e-4) for n, g in found.items())
 
 
 def _train_in_two(rank, chosen, resume):

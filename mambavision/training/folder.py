@@ -170,7 +170,7 @@ def _draw(history: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2))
-    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.15, top=0.9, wspace=0.2)
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.15, top=0.9, wspace=0.3)
     panels: Any = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in history]
     curves = [
