@@ -27,8 +27,13 @@ from mambavision import MambaVisionMixer, create_model
 from mambavision.ops import conv1d_silu
 
 __all__ = [
-    "EagerMixer", "NoScanMixer", "loop_scan", "mamba_ssm_scan", "ours", "peer", "with_mixers",
+    "EagerMixer", "NoScanMixer", "Unavailable", "loop_scan", "mamba_ssm_scan", "ours", "peer",
+    "with_mixers",
 ]  # fmt: skip
+
+
+class Unavailable(RuntimeError):
+    """What this machine or installation does not have; the message says why."""
 
 
 def loop_scan(
@@ -55,13 +60,13 @@ def loop_scan(
 
 
 def mamba_ssm_scan() -> Callable[..., Tensor]:
-    """mamba-ssm's compiled scan. RuntimeError, with the reason, where there is none."""
+    """mamba-ssm's compiled scan. Unavailable, with the reason, where there is none."""
     try:
         import selective_scan_cuda  # noqa: F401
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RuntimeError(f"mamba-ssm's scan cannot be imported: {first}") from None
+        raise Unavailable(f"mamba-ssm's scan cannot be imported: {first}") from None
     return selective_scan_fn
 
 
@@ -152,11 +157,13 @@ def ours(name: str, **overrides: Any) -> nn.Module:
     return model
 
 
-def peer(name: str) -> nn.Module:
-    """A model of timm with random weights. RuntimeError where timm cannot be imported."""
+def peer(name: str, resolution: int) -> nn.Module:
+    """A model of timm with random weights. Unavailable where timm cannot be imported."""
     try:
         import timm
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RuntimeError(f"timm cannot be imported: {first}") from None
-    return timm.create_model(name)
+        raise Unavailable(f"timm cannot be imported: {first}") from None
+    # Some are made for one size of images.
+    fixed = getattr(timm.models.get_pretrained_cfg(name), "fixed_input_size", False)
+    return timm.create_model(name, **({"img_size": resolution} if fixed else {}))

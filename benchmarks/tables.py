@@ -115,7 +115,7 @@ def tables(rows: Iterable[Row]) -> str:
     elif not any(row.get("gpu") for row in rows):
         text += [
             "",
-            "Not measured, because it needs a GPU: time of the kernels alone, CUDA graphs, share of the",
+            "Not measured, because it needs a GPU: kernel times, CUDA graphs, shares of the",
             "roofline, peak memory, and every comparison with mamba-ssm.",
         ]
     return "\n".join(text) + "\n"

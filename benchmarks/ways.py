@@ -3,25 +3,34 @@
 A way takes one of our models in float32 and returns it ready to run in a dtype. Its logits on two
 random images are compared with those of the model with the mixer as published and a plain loop over
 time, in float64. Allowed is twice the error which that same eager model makes in the way's dtype,
-plus eight roundings, relative to the largest logit.
+the larger of its errors in two memory layouts, plus eight roundings, relative to the largest logit.
+Gradients are held to the same rule.
 """
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from models import EagerMixer, NoScanMixer, loop_scan, mamba_ssm_scan, with_mixers
+from models import (
+    EagerMixer,
+    NoScanMixer,
+    Unavailable,
+    loop_scan,
+    mamba_ssm_scan,
+    with_mixers,
+)  # fmt: skip
 from torch import Tensor, nn
 
-__all__ = ["WAYS", "Gate", "Unavailable", "Way"]
+__all__ = ["TRAINING_WAYS", "WAYS", "Gate", "TrainingGate", "Way", "Wrong"]
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-class Unavailable(RuntimeError):
-    """A way that this machine or installation cannot go; the message says why."""
+class Wrong(RuntimeError):
+    """A way that computes something else; the message says how far off it is."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ def scan_for(model: nn.Module) -> Callable[..., Tensor]:
     if next(model.parameters()).is_cuda:
         try:
             return mamba_ssm_scan()
-        except RuntimeError:
+        except Unavailable:
             pass
     return loop_scan
 
@@ -94,34 +103,101 @@ WAYS = [
 ]
 
 
+# Training has the same ways but the one that is for inference; weights stay float32.
+TRAINING_WAYS = [way for way in WAYS if way.setting != "optimized" and way.gated]
+
+
+def _check(error: float, limit: float, what: str) -> None:
+    # A NaN is not below anything.
+    if not error <= limit:
+        raise Wrong(f"{what} off by {error:.1e}, allowed {limit:.1e}")
+
+
 class Gate:
-    """Whether a way's logits are those of the model; see the top of this file."""
+    """Whether a way's logits are those of the model."""
 
     def __init__(self, model: nn.Module, images: Tensor):
         self.images = images
         self.eager = with_mixers(model, lambda mixer: EagerMixer(mixer, loop_scan)).eval()
         with torch.inference_mode():
             self.truth = copy.deepcopy(self.eager).double()(images.double())
-        self.allowed: dict[torch.dtype, float] = {}
+        self.limits: dict[torch.dtype, float] = {}
 
     def _error(self, logits: Tensor) -> float:
-        difference = (logits.double() - self.truth).abs().max() / self.truth.abs().max()
-        return float(difference)
+        return float((logits.double() - self.truth).abs().max() / self.truth.abs().max())
 
     def limit(self, dtype: torch.dtype) -> float:
-        if dtype not in self.allowed:
-            with torch.inference_mode():
-                logits = copy.deepcopy(self.eager).to(dtype)(self.images.to(dtype))
-            self.allowed[dtype] = 2 * self._error(logits) + 8 * torch.finfo(dtype).eps
-        return self.allowed[dtype]
+        if dtype not in self.limits:
+            eager, errors = copy.deepcopy(self.eager).to(dtype), []
+            for layout in LAYOUTS.values():
+                images = self.images.to(dtype=dtype, memory_format=layout)
+                with torch.inference_mode():
+                    errors.append(self._error(eager.to(memory_format=layout)(images)))
+            self.limits[dtype] = 2 * max(errors) + 8 * torch.finfo(dtype).eps
+        return self.limits[dtype]
 
-    def fault(self, model: nn.Module, way: Way, dtype: torch.dtype) -> str | None:
-        """None, or what is wrong in one line."""
+    def check(self, model: nn.Module, way: Way, dtype: torch.dtype) -> None:
+        """Raises Wrong where it is not."""
         images = self.images.to(dtype=dtype, memory_format=way.layout)
         with torch.inference_mode():
+            error = self._error(model(images))
+        _check(error, self.limit(dtype), "logits, relative to the largest,")
+
+
+class TrainingGate:
+    """Whether a way's gradients are those of the model, by kind of parameter.
+
+    A kind is a parameter's name without its numbers, so that one of few elements is compared
+    together with its like in the other blocks. Errors are relative to the norm of the kind.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor):
+        self.images = images
+        self.eager = with_mixers(model, lambda mixer: EagerMixer(mixer, loop_scan))
+        exact = copy.deepcopy(self.eager).double()
+        self.truth = self._gradients(exact, images.double(), torch.float64)
+        self.limits: dict[torch.dtype, dict[str, float]] = {}
+
+    def _gradients(self, model: nn.Module, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        device = images.device.type
+        with torch.autocast(device, dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
             logits = model(images)
-        error, limit = self._error(logits), self.limit(dtype)
-        # A NaN is not below anything.
-        if error <= limit:
-            return None
-        return f"logits are off by {error:.1e} of the largest, allowed {limit:.1e}"
+        # Weights that differ between images, or the last batch norm leaves no gradient; and large
+        # ones, or float16 rounds small gradients to zero.
+        draw = torch.Generator().manual_seed(2)
+        weights = 32 * torch.randn(logits.shape, generator=draw, dtype=torch.float64)
+        (logits.double() * weights.to(logits.device)).sum().backward()
+        kinds: dict[str, list[Tensor]] = {}
+        for name, parameter in model.named_parameters():
+            kind = re.sub(r"\d+", "#", name.removeprefix("_orig_mod."))
+            kinds.setdefault(kind, []).append(parameter.grad.double().flatten())
+            parameter.grad = None
+        return {kind: torch.cat(grads) for kind, grads in kinds.items()}
+
+    def _errors(self, found: dict[str, Tensor]) -> dict[str, float]:
+        return {
+            kind: float((found[kind] - exact).norm() / exact.norm().clamp_min(1e-30))
+            for kind, exact in self.truth.items()
+        }
+
+    def limit(self, dtype: torch.dtype) -> dict[str, float]:
+        if dtype not in self.limits:
+            eager, eps, errors = copy.deepcopy(self.eager), torch.finfo(dtype).eps, []
+            for layout in LAYOUTS.values():
+                model, images = (x.to(memory_format=layout) for x in (eager, self.images))
+                errors.append(self._errors(self._gradients(model, images, dtype)))
+            self.limits[dtype] = {
+                kind: 2 * max(found[kind] for found in errors) + 8 * eps for kind in self.truth
+            }
+        return self.limits[dtype]
+
+    def check(self, model: nn.Module, way: Way, dtype: torch.dtype) -> None:
+        """Raises Wrong where they are not, and names the parameters."""
+        statistics = {name: x.clone() for name, x in model.named_buffers()}
+        images = self.images.to(memory_format=way.layout)
+        errors = self._errors(self._gradients(model, images, dtype))
+        with torch.no_grad():
+            for name, x in model.named_buffers():
+                x.copy_(statistics[name])
+        for kind, limit in self.limit(dtype).items():
+            _check(errors[kind], limit, f"gradients of {kind}, relative to their norm,")

@@ -1,9 +1,9 @@
 """Whole-model benchmarks: the table of models, the gate, rows, pictures, commands."""
 
+import copy
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import bench_backbone  # noqa: E402
+import bench_train_step  # noqa: E402
 import models as benchmark_models  # noqa: E402
 import plot  # noqa: E402
 import rows as row_tools  # noqa: E402
+import tables  # noqa: E402
 import ways  # noqa: E402
 import zoo  # noqa: E402
 
@@ -22,7 +25,7 @@ from mambavision import MambaVision, MambaVisionMixer, create_model  # noqa: E40
 
 SMALL = {
     "dim": 16, "in_dim": 8, "depths": (1, 1, 2, 2), "window_size": (8, 8, 4, 2), "mlp_ratio": 1,
-    "num_heads": (1, 1, 2, 4), "num_classes": 10, "layer_scale": 1e-5,
+    "num_heads": (1, 1, 2, 4), "num_classes": 10, "layer_scale": 1e-5, "drop_path_rate": 0.0,
 }  # fmt: skip
 
 
@@ -79,12 +82,24 @@ def test_models_by_name():
 
 
 @pytest.fixture(scope="module")
-def small():
-    """One of our models, small, with the weights of a benchmark."""
+def small_models():
+    """Benchmarks make a small model, whatever its name, and run on one thread."""
+
+    def make(_, **more):
+        return MambaVision(**{**SMALL, **more})
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        make = partial(MambaVision, **SMALL)
-        patch.setattr(benchmark_models, "create_model", lambda _, **more: make(**more))
-        return benchmark_models.ours("small").eval()
+        patch.setattr(benchmark_models, "create_model", make)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def small(small_models):
+    """One of our models, small, with the weights of a benchmark."""
+    return benchmark_models.ours("small").eval()
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +129,7 @@ def test_eager_model_shares_weights_and_has_no_other_mixer(small):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_gate_lets_right_models_pass(small, gate, provider, setting, dtype):
     chosen = way(provider, setting)
-    assert gate.fault(chosen.make(small, dtype), chosen, dtype) is None
+    gate.check(chosen.make(small, dtype), chosen, dtype)
 
 
 def halve_bias(mixer):
@@ -141,7 +156,8 @@ def test_gate_refuses_a_wrong_mixer(small, gate, plant):
         for module in wrong.modules():
             if isinstance(module, MambaVisionMixer):
                 plant(module)
-    assert "allowed" in gate.fault(wrong, chosen, torch.float32)
+    with pytest.raises(ways.Wrong, match="logits, relative to the largest, off by .* allowed"):
+        gate.check(wrong, chosen, torch.float32)
 
 
 def test_gate_refuses_nan(small, gate):
@@ -149,13 +165,53 @@ def test_gate_refuses_nan(small, gate):
     broken = chosen.make(small, torch.float32)
     with torch.no_grad():
         broken.head.bias.fill_(float("nan"))
-    assert "nan" in gate.fault(broken, chosen, torch.float32)
+    with pytest.raises(ways.Wrong, match="off by nan"):
+        gate.check(broken, chosen, torch.float32)
 
 
 def test_scan_left_out_computes_something_else(small, gate):
     chosen = way("no_scan")
     assert not chosen.gated
-    assert gate.fault(chosen.make(small, torch.float32), chosen, torch.float32)
+    with pytest.raises(ways.Wrong):
+        gate.check(chosen.make(small, torch.float32), chosen, torch.float32)
+
+
+def training(model):
+    """The same model as one trains it: every gradient runs through every part."""
+    return copy.deepcopy(model).train()
+
+
+@pytest.fixture(scope="module")
+def training_gate(small):
+    return ways.TrainingGate(training(small), torch.randn(4, 3, 64, 64))
+
+
+@pytest.mark.parametrize("setting", ("nchw", "channels_last"))
+@pytest.mark.parametrize("provider", ("ours", "eager"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_training_gate_lets_right_models_pass(small, training_gate, provider, setting, dtype):
+    chosen = way(provider, setting)
+    training_gate.check(chosen.make(training(small), torch.float32), chosen, dtype)
+
+
+def test_training_gate_refuses_a_gradient_that_is_missing(small, training_gate):
+    """The bias enters twice; a backward pass that knows of one of them is off by half."""
+    chosen = way("ours")
+    wrong = chosen.make(training(small), torch.float32)
+    for module in wrong.modules():
+        if isinstance(module, MambaVisionMixer):
+            module.dt_proj.bias.register_hook(lambda grad: grad / 2)
+    with pytest.raises(ways.Wrong, match=r"gradients of levels.#.blocks.#.mixer.dt_proj.bias"):
+        training_gate.check(wrong, chosen, torch.float32)
+
+
+def test_training_gate_leaves_statistics_as_they_were(small, training_gate):
+    chosen = way("ours")
+    model = chosen.make(training(small), torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    training_gate.check(model, chosen, torch.float32)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, msg=name)
 
 
 # Rows and pictures
@@ -262,3 +318,84 @@ def command(script, *arguments):
 def test_plot_command(tmp_path):
     code, out, err = command("plot.py", tmp_path / "none.jsonl", "--output", tmp_path)
     assert code == 2 and len(err.splitlines()) == 1 and "none.jsonl" in err
+
+
+@pytest.mark.parametrize(
+    "script, arguments, words",
+    [
+        ("bench_backbone.py", ("--models", "resnet"), "no model 'resnet'; known: default"),
+        ("bench_backbone.py", ("--providers", "magic"), "invalid choice: 'magic'"),
+        ("bench_backbone.py", ("--device", "tpu"), "invalid choice: 'tpu'"),
+        ("bench_backbone.py", ("--dtype", "int8"), "invalid choice: 'int8'"),
+        ("bench_backbone.py", ("--batch", "0"), "expected an integer above 0, got '0'"),
+        ("bench_backbone.py", ("--budget-ms", "nan"), "expected a number above 0, got 'nan'"),
+        ("bench_backbone.py", ("--resolution", "16"), "must be at least 32, got 16"),
+        ("bench_train_step.py", ("--models", "convnext_tiny"), "nothing to measure"),
+    ],
+)
+def test_bad_arguments_are_one_line(script, arguments, words, capsys):
+    benchmark = {"bench_backbone.py": bench_backbone, "bench_train_step.py": bench_train_step}
+    with pytest.raises(SystemExit) as stop:
+        benchmark[script].BENCHMARK.main([*arguments, "--list"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and words in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench_backbone.BENCHMARK.main(["--device", "cuda"])
+    assert stop.value.code == 2
+    assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
+
+
+def test_rows_of_a_whole_model(small_models, tmp_path, capsys):
+    """From the command to the pictures, at the smallest size."""
+    rows_file = tmp_path / "rows.jsonl"
+    arguments = ["--device", "cpu", "--resolution", "64", "--budget-ms", "1"]
+    arguments += ["--output", str(rows_file), "--batch", "1", "--models", "mamba_vision_T"]
+    chosen = ["--providers", "ours", "eager", "compiled"]
+    assert bench_backbone.BENCHMARK.main([*arguments, *chosen, "--list"]) == 0
+    planned = capsys.readouterr().out.splitlines()
+    assert not rows_file.exists()
+    assert bench_backbone.BENCHMARK.main([*arguments, *chosen]) == 0
+    assert bench_train_step.BENCHMARK.main([*arguments, "--batch", "2"]) == 0
+    found = row_tools.read([rows_file])
+    assert len(found) == len(planned) + 4
+    ours = [r for r in found if r["provider"] == "torch" and r["setting"] != "optimized"]
+    assert all(r["status"] == "ok" and r["images_per_s"][0] > 0 for r in ours)
+    compiled = [r for r in found if r["provider"] == "compiled"]
+    assert [r["status"] for r in compiled] == ["unavailable"] and "loop" in compiled[0]["reason"]
+    kept = {(r["provider"], r["setting"]): r["saved_bytes"] for r in found if r["op"] != "backbone"}
+    assert 0 < kept["torch", "nchw"] < kept["eager", "nchw"]
+    written, _ = plot.draw(found, tmp_path / "pictures")
+    assert {path.name.split("_")[0] for path in written} == {"accuracy", "training", "cpu"}
+    text = tables.tables(found)
+    assert "| mamba_vision_T | 64 |" in text and "needs a GPU" in text
+
+
+def test_a_wrong_model_gets_no_time(small_models, tmp_path, monkeypatch):
+    def broken(model, dtype):
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, MambaVisionMixer):
+                    module.D.neg_()
+        return model
+
+    def failing(model, dtype):
+        raise ValueError("no such luck\nand a second line")
+
+    chosen = [ways.Way("ours", "broken", broken), ways.Way("ours", "failing", failing), way("ours")]
+    monkeypatch.setattr(bench_backbone, "WAYS", chosen)
+    rows_file = tmp_path / "rows.jsonl"
+    bench_backbone.BENCHMARK.main(
+        ["--device", "cpu", "--resolution", "64", "--budget-ms", "1", "--batch", "1", "--models",
+         "mamba_vision_T", "--output", str(rows_file)]
+    )  # fmt: skip
+    wrong, failed, right = row_tools.read([rows_file])
+    assert wrong["status"] == "wrong" and "off by" in wrong["reason"]
+    assert failed["status"] == "failed" and failed["reason"] == "ValueError: no such luck"
+    assert all(r["eager_us"] is r["images_per_s"] is None for r in (wrong, failed))
+    assert right["status"] == "ok"

@@ -1,0 +1,117 @@
+"""Whole models: images to logits.
+
+Ours as it is and optimized for inference; the same model, weights and all, with the mixer as
+published, eager and compiled; and peers of like size from timm. Ways and gate are in `ways.py`, the
+models in `zoo.py`. Every way of ours passes the gate before it gets a time; a peer's logits have to
+be finite.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from _whole import Benchmark, Case, Options, by_model, timed, unmeasured
+from models import ours, peer
+from torch import Tensor, nn
+from ways import WAYS, Gate, Way, Wrong
+from zoo import Model
+
+PEER = Way("timm", "channels_last", lambda model, dtype: model, torch.channels_last)
+# Compiling takes longer than all the rest: unless asked for, one model only.
+COMPILED = ("mamba_vision_T",)
+
+
+def _wanted(model: Model, way: Way, options: Options) -> bool:
+    if options.providers:
+        return way.provider in options.providers
+    return way.default and (way.provider != "compiled" or model.name in COMPILED)
+
+
+def cases(options: Options) -> list[Case]:
+    """What will be measured, in that order."""
+    return [
+        Case(model, way, dtype, batch)
+        for model in options.models
+        for way in ([PEER] if model.library == "timm" else WAYS)
+        if _wanted(model, way, options)
+        for dtype in options.dtypes
+        for batch in options.batches
+    ]
+
+
+class _Peer:
+    """A model of timm, brought to each case's dtype and layout."""
+
+    def __init__(self, name: str, options: Options):
+        self.model = peer(name, options.resolution).eval().to(options.device)
+
+    def ready(self, case: Case, options: Options) -> nn.Module:
+        made = self.model.to(dtype=case.dtype, memory_format=case.way.layout)
+        with torch.inference_mode():
+            if not made(options.images(case, 2)).isfinite().all():
+                raise Wrong("logits are not finite")
+        return made
+
+
+class _Ours:
+    """One of our models, in the ways of the cases, each of which passes the gate."""
+
+    def __init__(self, name: str, options: Options):
+        self.model = ours(name).eval().to(options.device)
+        self.gate: Gate | None = None
+
+    def ready(self, case: Case, options: Options) -> nn.Module:
+        made = case.way.make(self.model, case.dtype).eval()
+        if case.way.gated:
+            if self.gate is None:
+                self.gate = Gate(self.model, options.images(case, 2).float())
+            self.gate.check(made, case.way, case.dtype)
+        return made
+
+
+def _call(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return model(images)
+
+    return run
+
+
+def measure(todo: Sequence[Case], options: Options) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Every case with the measured part of its row."""
+    for model, own in by_model(todo).items():
+        source = made = of = None
+        for case in own:
+            try:
+                if source is None:
+                    source = (_Peer if model.library == "timm" else _Ours)(model.name, options)
+                # Cases that differ in the batch alone stand together and share a model.
+                if of != (case.way, case.dtype):
+                    of = made = None
+                    made = source.ready(case, options)
+                    of = case.way, case.dtype
+                run = _call(made, options.images(case, case.batch))
+                yield case, timed(run, case, options)
+            except Exception as error:
+                yield case, unmeasured(error)
+
+
+BENCHMARK = Benchmark(
+    op="backbone",
+    direction="forward",
+    doc=__doc__,
+    providers=list(dict.fromkeys(way.provider for way in (*WAYS, PEER))),
+    gpu_models=["default"],
+    gpu_batches=[128],
+    cpu_models=["mamba_vision_T", "swin_tiny_patch4_window7_224", "convnext_tiny"],
+    cpu_batches=[1, 8],
+    cases=cases,
+    measure=measure,
+)
+
+if __name__ == "__main__":
+    sys.exit(BENCHMARK.main())
