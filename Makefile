@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 REQUIREMENTS ?= requirements-dev.txt
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 TEST_ARGS ?=
 
 ifeq ($(strip $(VENV)),)
@@ -28,7 +29,8 @@ help:
 	@echo 'make test-oldest    the same with the oldest torch and Triton supported (gigabytes)'
 	@echo 'make lint           ruff and mypy'
 	@echo 'make static-report  registers, spills and instructions of every kernel; needs no GPU'
-	@echo 'make bench          every benchmark'
+	@echo 'make bench          what this machine can measure: rows, pictures, tables; minutes'
+	@echo '                      BENCH_ARGS=--quick'
 	@echo 'make clean          remove what was built, except the virtual environment'
 	@echo 'PYTHON=python3.12   another interpreter;  VENV=  use it as it is and install nothing'
 
@@ -65,7 +67,7 @@ static-report: $(READY)
 	$(PY) benchmarks/static_report.py
 
 bench: $(READY)
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+	@$(PY) benchmarks/run_all.py $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist runs *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -15,6 +15,7 @@ Source: Hatamizadeh and Kautz, arXiv 2407.08083.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -160,7 +161,10 @@ def ours(name: str, **overrides: Any) -> nn.Module:
 def peer(name: str, resolution: int) -> nn.Module:
     """A model of timm with random weights. Unavailable where timm cannot be imported."""
     try:
-        import timm
+        with warnings.catch_warnings():
+            # torchvision's, about image files.
+            warnings.simplefilter("ignore")
+            import timm
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Unavailable(f"timm cannot be imported: {first}") from None
