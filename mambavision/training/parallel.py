@@ -10,6 +10,7 @@ process's own images; before an evaluation or a checkpoint the running statistic
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -66,9 +67,11 @@ class Wrapped:
             fully_shard(bare)
         elif ranks.count > 1:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
-            self.run = self.ddp = DistributedDataParallel(
-                bare, devices, broadcast_buffers=False
-            )
+            # Its name from torch 2.13 on, and the one before.
+            known = signature(DistributedDataParallel.__init__).parameters
+            names = ("forward_sync_buffers", "broadcast_buffers")
+            keep_own: Any = {next(name for name in names if name in known): False}
+            self.run = self.ddp = DistributedDataParallel(bare, devices, **keep_own)
 
     def synchronising(self, now: bool) -> AbstractContextManager[Any]:
         """Whether gradients computed inside are averaged over the processes."""
