@@ -176,16 +176,16 @@ class Options:
         return {**plain, "model_kwargs": kwargs}
 
 
-# "paper" holds the values of the published configuration for ImageNet-1k, of which the paper (arXiv
-# 2407.08083) states optimizer, rate, batch, decay and length. Three things differ: crops are resized
-# bicubically, not by a kernel drawn at random; mixed precision is bfloat16; the penalty on sharp
-# minima (MESA) that the configuration adds is not offered.
+# "paper" holds the values of the published configuration for ImageNet-1k; the paper itself (arXiv
+# 2407.08083) states optimizer, rate, batch, decay and length. Three things differ: crops are
+# resized bicubically, not by a kernel drawn at random; mixed precision is bfloat16; the penalty on
+# sharp minima (MESA) that the configuration adds is not offered.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "opt": "lamb", "opt_eps": 1e-8, "lr_base": 0.005, "lr_base_size": 4096,
-        "weight_decay": 0.05, "epochs": 310, "warmup_epochs": 20, "cooldown_epochs": 10, "min_lr": 5e-6,
-        "batch_size": 128, "clip_grad": 5.0, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25,
-        "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "model_ema": True,
+        "weight_decay": 0.05, "epochs": 310, "warmup_epochs": 20, "cooldown_epochs": 10,
+        "min_lr": 5e-6, "batch_size": 128, "clip_grad": 5.0, "aa": "rand-m9-mstd0.5-inc1",
+        "reprob": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "model_ema": True,
         "model_ema_decay": 0.9998, "amp": True, "channels_last": True,
     },
     "finetune": {
