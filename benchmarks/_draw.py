@@ -41,7 +41,9 @@ PROVIDERS = {
     "mamba_ssm_padded": ("mamba-ssm, padded", "#E69F00", "v"),
     "mamba_ssm_folded": ("mamba-ssm, folded (cost only)", "#CC79A7", "<"),
     "eager": ("eager PyTorch", "#009E73", "D"),
+    "eager_loop": ("eager PyTorch, loop over time", "#B2DF8A", "d"),
     "compiled": ("compiled eager", "#8C6D00", "P"),
+    "no_scan": ("ours without the scan (cost only)", "#332288", ">"),
     "reference": ("reference loop", "#7F7F7F", "X"),
     "timm": ("timm", "#9AA5AD", "h"),
 }

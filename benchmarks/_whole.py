@@ -139,6 +139,7 @@ class Benchmark:
     gpu_batches: Sequence[int]
     cpu_models: Sequence[str]
     cpu_batches: Sequence[int]
+    gpu_dtype: str
     cases: Callable[[Options], list[Case]]
     measure: Callable[[Sequence[Case], Options], Iterator[tuple[Case, dict[str, Any]]]]
 
@@ -159,7 +160,8 @@ class Benchmark:
         )  # fmt: skip
         gpu, cpu = (" ".join(map(str, x)) for x in (self.gpu_batches, self.cpu_batches))
         add("--batch", nargs="+", type=_count, help=f"default: {gpu}; on a CPU {cpu}")
-        add("--dtype", nargs="+", choices=DTYPES, help="default: float16; on a CPU float32")
+        dtypes = f"default: {self.gpu_dtype}; on a CPU float32"
+        add("--dtype", nargs="+", choices=DTYPES, help=dtypes)
         add("--resolution", type=_count, default=224, help="pixels of a side (default: 224)")
         add("--budget-ms", type=_positive, help="for each figure (default: 200; on a CPU 1500)")
         add("--threads", type=_count, help="of PyTorch, on a CPU (default: PyTorch's choice)")
@@ -182,7 +184,7 @@ class Benchmark:
             device="cuda" if gpu else "cpu",
             models=models,
             providers=given.providers or (),
-            dtypes=[DTYPES[name] for name in given.dtype or ["float16" if gpu else "float32"]],
+            dtypes=[DTYPES[name] for name in given.dtype or [self.gpu_dtype if gpu else "float32"]],
             batches=given.batch or (self.gpu_batches if gpu else self.cpu_batches),
             resolution=given.resolution,
             budget_ms=given.budget_ms or (200.0 if gpu else 1500.0),

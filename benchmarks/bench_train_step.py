@@ -31,7 +31,7 @@ def cases(options: Options) -> list[Case]:
         for model in options.models
         if model.library != "timm"
         for way in TRAINING_WAYS
-        if way.provider in (options.providers or ("ours", "eager"))
+        if way.option in (options.providers or ("ours", "eager"))
         for dtype in options.dtypes
         for batch in options.batches
     ]
@@ -67,7 +67,7 @@ def measure(todo: Sequence[Case], options: Options) -> Iterator[tuple[Case, dict
         for case in own:
             try:
                 if source is None:
-                    source = ours(model.name, drop_path_rate=0.0).train().to(options.device)
+                    source = ours(model.name, options.device, drop_path_rate=0.0).train()
                     small = options.images(case, 2).float()
                     gate = TrainingGate(source, small)
                 made = case.way.make(source, torch.float32).train()
@@ -88,9 +88,10 @@ BENCHMARK = Benchmark(
     op="train_step",
     direction="both",
     doc=__doc__,
-    providers=list(dict.fromkeys(way.provider for way in TRAINING_WAYS)),
+    providers=list(dict.fromkeys(way.option for way in TRAINING_WAYS)),
     gpu_models=["mamba_vision_T", "mamba_vision_B", "mamba_vision_L"],
     gpu_batches=[128],
+    gpu_dtype="bfloat16",
     cpu_models=["mamba_vision_T"],
     cpu_batches=[4],
     cases=cases,

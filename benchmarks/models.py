@@ -135,14 +135,16 @@ def with_mixers(model: nn.Module, make: Callable[[MambaVisionMixer], nn.Module])
     return model
 
 
-def ours(name: str, **overrides: Any) -> nn.Module:
+def ours(name: str, device: str, **overrides: Any) -> nn.Module:
     """A model with random weights under which every part of it moves the logits.
 
     As initialised, layer scales of 1e-5 and small projections would hide a wrong mixer from a
     comparison of logits. Nothing here changes what has to be computed.
     """
     torch.manual_seed(0)
-    model = create_model(name, mamba_dt_init=True, **overrides)
+    # Made where it will run: drawing hundreds of millions of weights on a CPU takes seconds.
+    with torch.device(device):
+        model = create_model(name, mamba_dt_init=True, **overrides)
     with torch.no_grad():
         for _, _, mixer in _mixers(model):
             for linear in (mixer.in_proj, mixer.x_proj, mixer.out_proj):
@@ -158,7 +160,7 @@ def ours(name: str, **overrides: Any) -> nn.Module:
     return model
 
 
-def peer(name: str, resolution: int) -> nn.Module:
+def peer(name: str, device: str, resolution: int) -> nn.Module:
     """A model of timm with random weights. Unavailable where timm cannot be imported."""
     try:
         with warnings.catch_warnings():
@@ -170,4 +172,5 @@ def peer(name: str, resolution: int) -> nn.Module:
         raise Unavailable(f"timm cannot be imported: {first}") from None
     # Some are made for one size of images.
     fixed = getattr(timm.models.get_pretrained_cfg(name), "fixed_input_size", False)
-    return timm.create_model(name, **({"img_size": resolution} if fixed else {}))
+    with torch.device(device):
+        return timm.create_model(name, **({"img_size": resolution} if fixed else {}))

@@ -10,7 +10,7 @@ __all__ = [
 ]  # fmt: skip
 
 Row = dict[str, Any]
-OPERATORS = ("selective_scan", "conv1d_silu", "mixer")
+OPERATORS = ("selective_scan", "conv1d_silu", "mixer", "mixer_module")
 DIRECTIONS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 
 

@@ -37,7 +37,9 @@ class Wrong(RuntimeError):
 class Way:
     """`make(model, dtype)` returns the model to run, in `setting`'s memory layout.
 
-    `gated` is False for what computes something else on purpose, to show what a part costs.
+    `gated` is False for what computes something else on purpose, to show what a part costs, `graph`
+    for what runs in a CUDA graph of its own. A command asks for it as `asked_as`, the provider's
+    name unless given; what is not `default` is measured only when asked for.
     """
 
     provider: str
@@ -45,7 +47,13 @@ class Way:
     make: Callable[[nn.Module, torch.dtype], nn.Module]
     layout: torch.memory_format = torch.contiguous_format
     gated: bool = True
+    graph: bool = True
     default: bool = True
+    asked_as: str = ""
+
+    @property
+    def option(self) -> str:
+        return self.asked_as or self.provider
 
 
 def _plain(layout: torch.memory_format, model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -57,7 +65,9 @@ def _optimized(model: nn.Module, dtype: torch.dtype, **options: bool) -> nn.Modu
         from mambavision.inference import optimize_for_inference
     except ImportError:
         raise Unavailable("mambavision has no optimize_for_inference") from None
-    return optimize_for_inference(model, dtype=dtype, **options)
+    if options.get("cuda_graph") and not next(model.parameters()).is_cuda:
+        raise Unavailable("CUDA graphs need a GPU")
+    return optimize_for_inference(model, dtype, **options)
 
 
 def scan_for(model: nn.Module) -> Callable[..., Tensor]:
@@ -97,14 +107,18 @@ def _in_layouts(provider: str, make: Callable, **flags: bool) -> list[Way]:
 WAYS = [
     *_in_layouts("ours", _plain),
     Way("ours", "optimized", _optimized, torch.channels_last),
+    Way("ours", "optimized, CUDA graph", partial(_optimized, cuda_graph=True), torch.channels_last,
+        graph=False),
+    Way("ours", "optimized, compiled", partial(_optimized, compile=True), torch.channels_last,
+        asked_as="compiled"),
     *_in_layouts("eager", _eager),
     Way("compiled", "channels_last", partial(_compiled, torch.channels_last), torch.channels_last),
     *_in_layouts("no_scan", _no_scan, gated=False, default=False),
-]
+]  # fmt: skip
 
 
 # Training has the same ways but the one that is for inference; weights stay float32.
-TRAINING_WAYS = [way for way in WAYS if way.setting != "optimized" and way.gated]
+TRAINING_WAYS = [way for way in WAYS if not way.setting.startswith("optimized") and way.gated]
 
 
 def _check(error: float, limit: float, what: str) -> None:

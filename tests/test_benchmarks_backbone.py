@@ -99,7 +99,7 @@ def small_models():
 @pytest.fixture(scope="module")
 def small(small_models):
     """One of our models, small, with the weights of a benchmark."""
-    return benchmark_models.ours("small").eval()
+    return benchmark_models.ours("small", "cpu").eval()
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +355,7 @@ def test_rows_of_a_whole_model(small_models, tmp_path, capsys):
     rows_file = tmp_path / "rows.jsonl"
     arguments = ["--device", "cpu", "--resolution", "64", "--budget-ms", "1"]
     arguments += ["--output", str(rows_file), "--batch", "1", "--models", "mamba_vision_T"]
-    chosen = ["--providers", "ours", "eager", "compiled"]
+    chosen = ["--providers", "ours", "eager", "compiled", "no_scan"]
     assert bench_backbone.BENCHMARK.main([*arguments, *chosen, "--list"]) == 0
     planned = capsys.readouterr().out.splitlines()
     assert not rows_file.exists()
@@ -363,8 +363,10 @@ def test_rows_of_a_whole_model(small_models, tmp_path, capsys):
     assert bench_train_step.BENCHMARK.main([*arguments, "--batch", "2"]) == 0
     found = row_tools.read([rows_file])
     assert len(found) == len(planned) + 4
-    ours = [r for r in found if r["provider"] == "torch" and r["setting"] != "optimized"]
-    assert all(r["status"] == "ok" and r["images_per_s"][0] > 0 for r in ours)
+    ours = {r["setting"]: r for r in found if r["provider"] == "torch"}
+    assert ours.pop("optimized, CUDA graph")["reason"] == "CUDA graphs need a GPU"
+    assert {"nchw", "channels_last", "optimized"} <= ours.keys()
+    assert all(r["status"] == "ok" and r["images_per_s"][0] > 0 for r in ours.values())
     compiled = [r for r in found if r["provider"] == "compiled"]
     assert [r["status"] for r in compiled] == ["unavailable"] and "loop" in compiled[0]["reason"]
     kept = {(r["provider"], r["setting"]): r["saved_bytes"] for r in found if r["op"] != "backbone"}
