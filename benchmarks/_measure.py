@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from functools import cache
@@ -120,19 +121,28 @@ def _kernels(run: Run, device: torch.device, budget_ms: float) -> list[float]:
     return percentiles([1e3 * start.elapsed_time(end) for start, end in events])
 
 
-def _graph(run: Run, budget_ms: float) -> list[float]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-        # A call that waits for the GPU cannot be captured, and trying would spoil the context.
-        before = torch.cuda.get_sync_debug_mode()
+def _refuse_waiting(run: Run) -> None:
+    """Raises where a call waits for the GPU: capturing that would spoil the context."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
         try:
             run()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _graph(run: Run, budget_ms: float) -> list[float]:
+    # A backward pass runs on the stream of its forward pass, so the caller's stream is captured
+    # wherever it can be.
+    stream = torch.cuda.current_stream()
+    if stream == torch.cuda.default_stream():
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        run()
+        _refuse_waiting(run)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
@@ -161,7 +171,9 @@ def measure(run: Run, device: str, budget_ms: float = 100.0, *, graph: bool = Tr
 
     Each of the times gets `budget_ms`, three calls at least and two hundred at most, after a call
     that is not timed. `peak_bytes` is the most that a call allocates beyond what was there before
-    it. Where a CUDA graph cannot be made, `graph_us` is None and `graph_reason` says why.
+    it. Where a CUDA graph cannot be made, `graph_us` is None and `graph_reason` says why; one of a
+    backward pass alone can be made only on a stream other than the default, on which the forward
+    pass ran, too.
 
     >>> measure(lambda: torch.ones(9).sum(), "cpu", 1.0)["kernel_us"] is None
     True
@@ -285,7 +297,7 @@ def machine(device: str = "auto") -> dict[str, Any]:
 def file_name(where: dict[str, Any] | None = None, op: str | None = None) -> str:
     """What the file of an op's rows, or of all rows, from a machine is called."""
     where = machine() if where is None else where
-    name = where["gpu"] or f"cpu {where['threads']} threads"
+    name = where["gpu"] or f"{where['cpu']} {where['threads']} threads"
     slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
     return f"{op}_{slug}.jsonl" if op else f"{slug}.jsonl"
 
