@@ -19,7 +19,7 @@ from shapes import CPU_SIZES, GPU_SIZES, SHAPES, Shape
 from tqdm import tqdm
 from ways import Wrong
 
-__all__ = ["Benchmark", "Case", "table"]
+__all__ = ["Benchmark", "Case", "Prepared", "device_here", "measure", "table"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DIRECTIONS = ("forward", "backward", "both")
@@ -30,6 +30,10 @@ NEEDS_GPU = (
     "No GPU: eager_us and saved_bytes are measured; kernel_us, graph_us, peak_bytes, floor_us, "
     "share_of_floor and gb_per_s need one, and so do triton and mamba_ssm."
 )
+
+
+def device_here() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def _own_stream(device: str) -> AbstractContextManager:
     return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
 
 
-class _Prepared:
+class Prepared:
     """One provider's call at one size; what it gets wrong, and why it cannot be measured."""
 
     def __init__(self, provider: Provider, gate: Gate):
@@ -136,7 +140,7 @@ class _Prepared:
         return None
 
 
-def _measured(prepared: _Prepared, case: Case, budget_ms: float) -> dict[str, Any]:
+def _measured(prepared: Prepared, case: Case, budget_ms: float) -> dict[str, Any]:
     try:
         call = prepared.checked(case.direction)
         found = _measure.measure(call.ready(case.direction), case.device, budget_ms)
@@ -160,11 +164,11 @@ def measure(cases: Iterable[Case], budget_ms: float) -> Iterator[dict[str, Any]]
     for _, of_size in groupby(cases, key=lambda case: case.size):
         gate: Gate | None = None
         for _, own in groupby(of_size, key=lambda case: case.provider):
-            prepared: _Prepared | None = None
+            prepared: Prepared | None = None
             for case in own:
                 if prepared is None:
                     gate = gate or Gate(*case.size)
-                    prepared = _Prepared(case.provider, gate)
+                    prepared = Prepared(case.provider, gate)
                 yield {**case.describe(), **_measured(prepared, case, budget_ms)}
 
 
@@ -294,10 +298,9 @@ class Benchmark:
         return parser
 
     def _plan(self, parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[Case]:
-        gpu = torch.cuda.is_available()
-        if given.device == "cuda" and not gpu:
+        device = device_here() if given.device == "auto" else given.device
+        if device == "cuda" and device_here() != "cuda":
             parser.error("--device cuda: PyTorch finds no GPU here")
-        device = "cuda" if gpu and given.device != "cpu" else "cpu"
         sizes = None
         if given.shapes or given.batch:
             default = GPU_SIZES if device == "cuda" else CPU_SIZES

@@ -493,9 +493,13 @@ class Provider:
     applies: Callable[[Shape, int, str], bool] = _always
 
 
+def _on_gpu(device: str) -> bool:
+    return device == "cuda"
+
+
 def _backends(make: Callable[[str, Problem], Call]) -> Iterator[Provider]:
-    for backend in ("triton", "torch"):
-        yield Provider(backend, partial(make, backend))
+    yield Provider("triton", partial(make, "triton"))
+    yield Provider("torch", partial(make, "torch"), slow=_on_gpu)
 
 
 def _eagers(make: Callable[..., Call]) -> Iterator[Provider]:
