@@ -101,10 +101,10 @@ class ConvBlock(nn.Module):
     def __init__(self, dim: int, drop_path: float = 0.0, layer_scale: float | None = None):
         super().__init__()
         self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
-        self.norm1 = nn.BatchNorm2d(dim)
+        self.norm1: nn.Module = nn.BatchNorm2d(dim)
         self.act1 = nn.GELU(approximate="tanh")
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
-        self.norm2 = nn.BatchNorm2d(dim)
+        self.norm2: nn.Module = nn.BatchNorm2d(dim)
         self.gamma = _scale(layer_scale, dim)
         self.drop_path = DropPath(drop_path)
 

@@ -15,7 +15,9 @@ Source: Hatamizadeh and Kautz, arXiv 2407.08083, section 3.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,38 @@ def _initial_dt(
     dt = torch.exp(torch.rand(dim, device=device) * (high - low) + low).clamp(min=dt_init_floor)
     # softplus inverted: log(e^dt - 1) = dt + log(1 - e^-dt), which loses nothing for a small dt.
     return dt + torch.log(-torch.expm1(-dt))
+
+
+def _stamp(sources: Sequence[Tensor]) -> tuple[Any, ...] | None:
+    """Differs once these tensors were written to or lie elsewhere; None where that is not known.
+
+    Inference tensors do not count writes, and traced or batched ones have no address. What a
+    captured graph reads must not be replaced behind its back, nor another stream read too early.
+    """
+    first = sources[0]
+    if torch.compiler.is_compiling() or first.is_meta:
+        return None
+    if any(type(x) not in (Tensor, nn.Parameter) for x in sources):
+        return None
+    stream = None
+    if first.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        stream = torch.cuda.current_stream(first.device)
+    try:
+        return stream, *((x._version, x.data_ptr()) for x in sources)
+    except RuntimeError:
+        return None
+
+
+class _Kept(NamedTuple):
+    """What was computed from some parameters, and from which state of which tensors."""
+
+    stamp: tuple[Any, ...]
+    sources: Sequence[Tensor]
+    # Their memory is held, or other parameters might come to lie at the same addresses.
+    memory: Sequence[Tensor]
+    values: tuple[Tensor, Tensor, Tensor]
 
 
 class MambaVisionMixer(nn.Module):
@@ -63,6 +97,8 @@ class MambaVisionMixer(nn.Module):
     >>> MambaVisionMixer(320, d_state=8, d_conv=3, expand=1)(torch.randn(2, 196, 320)).shape
     torch.Size([2, 196, 320])
     """
+
+    _kept: _Kept | None = None
 
     def __init__(
         self,
@@ -150,13 +186,44 @@ class MambaVisionMixer(nn.Module):
             self.conv1d_z.weight,
             self.x_proj.weight,
             self.dt_proj.weight,
-            -torch.exp(_at_least_float32(self.A_log)),
-            _at_least_float32(self.D),
-            # The published models add the bias twice: in dt_proj, and again inside the softplus.
-            2 * _at_least_float32(self.dt_proj.bias),
+            *self.scan_parameters(),
             backend=self.backend,
         )
         return self.out_proj(yz)
+
+    def scan_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(A, D, delta_bias) as the scan takes them, in at least float32.
+
+        In evaluation mode without gradients they are computed once, and again when a parameter has
+        become another tensor, lies elsewhere or was written to. A write through `.data`, which
+        PyTorch does not count, is seen at the next `eval()`.
+        """
+        if self.training or torch.is_grad_enabled():
+            return self._compute_scan_parameters()
+        sources = (self.A_log, self.D, self.dt_proj.bias)
+        stamp = _stamp(sources)
+        if stamp is None:
+            return self._compute_scan_parameters()
+        kept = self._kept
+        if kept and kept.stamp == stamp and all(map(is_, kept.sources, sources)):
+            return kept.values
+        # As ordinary tensors also under inference_mode, outside which they may be used next.
+        with torch.inference_mode(False), torch.no_grad():
+            values = self._compute_scan_parameters()
+            self._kept = _Kept(stamp, sources, [x.detach() for x in sources], values)
+        return values
+
+    def _compute_scan_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        A_log, D, bias = map(_at_least_float32, (self.A_log, self.D, self.dt_proj.bias))
+        # The published models add the bias twice: in dt_proj, and again inside the softplus.
+        return -torch.exp(A_log), D, 2 * bias
+
+    def train(self, mode: bool = True) -> "MambaVisionMixer":
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kept": None}
 
     def extra_repr(self) -> str:
         names = ("d_model", "d_state", "d_conv", "expand")

@@ -13,13 +13,16 @@ Source: Hatamizadeh and Kautz, arXiv 2407.08083.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import Stage, Stem, conv_stage, token_stage
 from .mixer import MambaVisionMixer
+
+if TYPE_CHECKING:
+    from .inference import OptimizedMambaVision
 
 __all__ = ["MambaVision"]
 
@@ -239,6 +242,21 @@ class MambaVision(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    # Inference
+
+    def optimize_for_inference(
+        self, dtype: torch.dtype | None = None, *, compile: bool = False, cuda_graph: bool = False
+    ) -> "OptimizedMambaVision":
+        """A copy in evaluation mode that computes the same with fewer operations, in `dtype`.
+
+        See `mambavision.inference.optimize_for_inference`.
+
+        >>> fast = model.eval().optimize_for_inference(torch.bfloat16)  # doctest: +SKIP
+        """
+        from .inference import optimize_for_inference
+
+        return optimize_for_inference(self, dtype, compile=compile, cuda_graph=cuda_graph)
+
     # The classifier
 
     def get_classifier(self) -> nn.Module:
@@ -265,7 +283,7 @@ class MambaVision(nn.Module):
         self.num_classes, self.global_pool = num_classes, pool
         self.arguments["num_classes"] = num_classes
         like = next(self.norm.parameters())
-        self.head = self._new_head().to(device=like.device, dtype=like.dtype)
+        self.head = self._new_head().to(device=like.device, dtype=like.dtype).train(self.training)
         if isinstance(self.head, nn.Linear):
             _initialise_linear(self.head)
 

@@ -1,0 +1,496 @@
+"""optimize_for_inference: the same values from fewer operations, and what it refuses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from mambavision import MambaVision, create_model
+from mambavision.inference import OptimizedMambaVision, optimize_for_inference
+from mambavision.mixer import MambaVisionMixer
+
+SMALL = {
+    "dim": 16, "in_dim": 8, "depths": (1, 2, 3, 2), "window_size": (8, 8, 4, 2), "mlp_ratio": 2,
+    "num_heads": (1, 1, 2, 4), "num_classes": 5,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are small: threads that wait for each other cost more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def alive(model):
+    """In evaluation mode, with every parameter and statistic away from where it begins."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=draw, dtype=torch.float32)
+            if name.endswith(("A_log", ".D")):
+                p.add_(0.1 * noise)
+            elif p.dim() == 1:
+                # Norms and layer scales about 1, biases about 0
+                p.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
+            else:
+                p.copy_(noise * p[0].numel() ** -0.5)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.3, generator=draw)
+                module.running_var.uniform_(0.5, 1.5, generator=draw)
+    return model.eval()
+
+
+def small(**overrides):
+    return alive(MambaVision(**{**SMALL, **overrides}))
+
+
+def images(*shape, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(4)
+    return torch.randn(shape, generator=draw).to(dtype)
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        stages = model.forward_stages(x)
+        features = model.forward_features(x)
+        named = {f"stage {i}": s for i, s in enumerate(stages)}
+        pooled = model.forward_head(features, pre_logits=True)
+        return named | {"features": features, "pooled": pooled, "logits": model(x)}
+
+
+def error(found, truth):
+    return ((found.double() - truth).abs().max() / truth.abs().max()).item()
+
+
+def check(model, dtype, x):
+    """Errors against float64 are at most twice those of the plain model in the dtype, plus eight
+    roundings: folding moves roundings, it does not add up more of them. Both are channels-last, a
+    layout in which the library's convolutions sum in another order."""
+    optimized = model.optimize_for_inference(dtype)
+    truth = outputs(copy.deepcopy(model).double(), x.to(dtype).double())
+    plain = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last)
+    plain = outputs(plain, x.to(dtype))
+    found = outputs(optimized, x.to(dtype))
+    assert found.keys() == truth.keys()
+    for name, value in found.items():
+        assert value.dtype == dtype and value.shape == truth[name].shape
+        allowed = 2 * error(plain[name], truth[name]) + 8 * torch.finfo(dtype).eps
+        assert error(value, truth[name]) <= allowed, name
+    return optimized
+
+
+CASES = {
+    "plain": {},
+    "layer scale": {"layer_scale": 0.5, "layer_scale_conv": 0.5},
+    "norms on q and k": {"qk_scale": 1.0, "qkv_bias": False},
+    "no classes": {"num_classes": 0},
+    "other channels": {"in_chans": 4},
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_small_model(case, dtype):
+    model = small(**CASES[case])
+    check(model, dtype, images(2, model.in_chans, 64, 64))
+    check(model, dtype, images(1, model.in_chans, 50, 75))
+
+
+def test_small_model_in_float64():
+    model, x = small(layer_scale=0.5, layer_scale_conv=0.5), images(1, 3, 50, 75)
+    expected = outputs(copy.deepcopy(model).double(), x.double())
+    for name, value in outputs(model.optimize_for_inference(torch.float64), x.double()).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("size", ((224, 224), (200, 168)), ids=str)
+def test_published_model(size, dtype):
+    check(alive(create_model("mamba_vision_T")), dtype, images(1, 3, *size))
+
+
+def test_published_model_with_layer_scale():
+    model = create_model("mamba_vision_T", layer_scale=1e-5, layer_scale_conv=1e-5)
+    check(alive(model), torch.float32, images(1, 3, 96, 64))
+
+
+def test_maps_instead_of_logits():
+    model = small(num_classes=0)
+    model.reset_classifier(0, "")
+    x = images(2, 3, 64, 64)
+    found, expected = model.optimize_for_inference()(x), model(x)
+    assert found.shape == (2, 128, 2, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# What it is made of
+
+
+def test_nothing_is_left_to_fold():
+    model = small(layer_scale=0.5, layer_scale_conv=0.5)
+    optimized = model.optimize_for_inference(torch.bfloat16)
+    norms = [name for name, m in optimized.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    # Only that of forward_features; the logits have it in their classifier
+    assert norms == ["model.norm"]
+    assert not any("gamma" in name for name, _ in optimized.named_parameters())
+    for name, x in (*optimized.named_parameters(), *optimized.named_buffers()):
+        if x.is_floating_point():
+            wide = name.rpartition(".")[2] in ("A", "D", "delta_bias")
+            assert x.dtype == (torch.float32 if wide else torch.bfloat16), name
+        if x.dim() == 4:
+            assert x.is_contiguous(memory_format=torch.channels_last), name
+    mixers = [m for _, m in optimized.named_modules() if hasattr(m, "x_proj_weight")]
+    assert len(mixers) == 3
+    for mixer in mixers:
+        assert mixer.dt_proj_weight.shape[1] % 8 == 0
+        assert mixer.x_proj_weight.shape[0] == mixer.dt_proj_weight.shape[1] + 16
+
+
+def test_original_is_untouched_and_shares_nothing():
+    model = small(layer_scale=0.5, layer_scale_conv=0.5)
+    x = images(1, 3, 64, 64)
+    before, expected = copy.deepcopy(model.state_dict()), model(x)
+    optimized = model.optimize_for_inference()
+    found = optimized(x)
+    mine = {p.data_ptr() for p in model.state_dict().values()}
+    for name, p in optimized.state_dict().items():
+        assert p.data_ptr() not in mine, name
+    assert model.state_dict().keys() == before.keys()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    torch.testing.assert_close(optimized(x), found, rtol=0, atol=0)
+    model.load_state_dict(before)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_mixers_of_others_are_kept():
+    class Other(nn.Module):
+        def forward(self, x):
+            return x.roll(1, dims=-1)
+
+    model = small(layer_scale=0.5)
+    model.levels[2].blocks[0].mixer = Other()
+    model.eval()
+    check(model, torch.float32, images(1, 3, 64, 64))
+
+
+def test_no_casts_in_a_forward_pass():
+    """Half precision means: no parameter is cast again in each call."""
+    optimized = small().optimize_for_inference(torch.bfloat16)
+    held = {p.data_ptr() for p in (*optimized.parameters(), *optimized.buffers())}
+    cast = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in held:
+                cast.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        optimized.model.patch_embed(images(1, 3, 64, 64, dtype=torch.bfloat16))
+        block = optimized.model.levels[2].blocks[2]
+        block(images(1, 16, 64, dtype=torch.bfloat16))
+    assert not cast
+
+
+# How it is used
+
+
+@pytest.mark.parametrize(
+    "duplicate", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))), ids=("copy", "pickle")
+)
+def test_copies(duplicate):
+    optimized = small().optimize_for_inference()
+    x = images(1, 3, 64, 64)
+    torch.testing.assert_close(duplicate(optimized)(x), optimized(x), rtol=0, atol=0)
+
+
+def test_state_dict_is_for_another_of_its_kind():
+    model, other = small(), MambaVision(**SMALL).eval()
+    optimized, another = model.optimize_for_inference(), other.optimize_for_inference()
+    another.load_state_dict(optimized.state_dict())
+    x = images(1, 3, 64, 64)
+    torch.testing.assert_close(another(x), optimized(x), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(optimized.state_dict())
+
+
+def test_ways_to_maps_that_a_subclass_adds():
+    class Timm(MambaVision):
+        def forward_intermediates(self, x, indices=None):
+            return self.forward_stages(x)[: indices]
+
+    model = alive(Timm(**SMALL))
+    x = images(1, 3, 64, 64)
+    found = model.optimize_for_inference().forward_intermediates(x, indices=2)
+    expected = model.forward_intermediates(x, indices=2)
+    assert len(found) == 2
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with pytest.raises(AttributeError, match="forward_nowhere"):
+        _ = model.optimize_for_inference().forward_nowhere
+
+
+def test_exported():
+    optimized = small().optimize_for_inference()
+    x = images(1, 3, 64, 64)
+    program = torch.export.export(optimized, (x,))
+    torch.testing.assert_close(program.module()(x), optimized(x), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_without_graph_breaks():
+    optimized = small().optimize_for_inference()
+    x = images(1, 3, 64, 64)
+    compiled = torch.compile(optimized, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), optimized(x), rtol=1e-5, atol=1e-5)
+
+
+def test_compile_passes_stem_and_stages_through_the_compiler(monkeypatch):
+    seen = []
+    original = nn.Module.compile
+
+    def compile_eagerly(self, *args, **kwargs):
+        seen.append(type(self).__name__)
+        original(self, *args, backend="aot_eager", fullgraph=True, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
+    model = small()
+    optimized = model.optimize_for_inference(compile=True)
+    assert seen == ["Stem", "Stage", "Stage", "Stage", "Stage"]
+    x = images(1, 3, 64, 64)
+    for name, value in outputs(optimized, x).items():
+        torch.testing.assert_close(value, outputs(model, x)[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_cuda_graphs(dtype):
+    model = small(layer_scale=0.5).cuda()
+    optimized = model.optimize_for_inference(dtype)
+    graphed = model.optimize_for_inference(dtype, cuda_graph=True)
+    for x in (images(2, 3, 64, 64), images(1, 3, 50, 75), images(2, 3, 64, 64) + 1):
+        x = x.to("cuda", dtype)
+        first, second = graphed(x), graphed(x + 1)
+        torch.testing.assert_close(first, optimized(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(second, optimized(x + 1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(copy.deepcopy(graphed)(x), graphed(x), rtol=1e-3, atol=1e-3)
+
+
+# What is refused
+
+
+def test_refuses_to_begin():
+    model = small()
+    with pytest.raises(RuntimeError, match=r"training mode.*model\.eval\(\)"):
+        copy.deepcopy(model).train().optimize_for_inference()
+    with pytest.raises(RuntimeError, match="training mode"):
+        part = copy.deepcopy(model)
+        part.levels[0].train()
+        part.optimize_for_inference()
+    with pytest.raises(RuntimeError, match="CUDA device, got cpu"):
+        model.optimize_for_inference(cuda_graph=True)
+    with pytest.raises(ValueError, match="not both"):
+        model.optimize_for_inference(compile=True, cuda_graph=True)
+    with pytest.raises(TypeError, match=r"floating-point torch\.dtype, got torch.int8"):
+        model.optimize_for_inference(torch.int8)
+    with pytest.raises(TypeError, match="must be a MambaVision, got Linear"):
+        optimize_for_inference(nn.Linear(1, 1))
+
+
+def test_refuses_to_be_trained():
+    optimized = small().optimize_for_inference()
+    assert isinstance(optimized, OptimizedMambaVision) and not optimized.training
+    assert optimized.eval() is optimized and optimized.train(False) is optimized
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        optimized.train()
+    with pytest.raises(RuntimeError, match="no gradients"):
+        optimized.requires_grad_()
+    x = images(1, 3, 64, 64).requires_grad_()
+    for method in (optimized, optimized.forward_features, optimized.forward_stages):
+        with pytest.raises(RuntimeError, match="no gradients, but x requires one"):
+            method(x)
+    with torch.no_grad():
+        assert not optimized(x).requires_grad
+    assert not optimized(x.detach()).requires_grad
+
+
+def test_refuses_another_dtype():
+    optimized = small().optimize_for_inference()
+    for move in (optimized.half, optimized.double, lambda: optimized.to(torch.bfloat16)):
+        with pytest.raises(RuntimeError, match="optimize_for_inference"):
+            move()
+    assert optimized.to("cpu") is optimized
+    with pytest.raises(TypeError, match="float32, got torch.float16"):
+        optimized(images(1, 3, 64, 64, dtype=torch.float16))
+
+
+# What a mixer keeps between calls in evaluation mode
+
+
+def kept_mixer():
+    torch.manual_seed(0)
+    return MambaVisionMixer(16, d_state=2, d_conv=3, expand=1).eval()
+
+
+def agrees(mixer, x):
+    """Whether without gradients, where it keeps, the mixer computes what it computes with them."""
+    with torch.no_grad():
+        found = mixer(x)
+    torch.testing.assert_close(found, mixer(x).detach(), rtol=0, atol=0)
+
+
+def test_mixer_computes_once():
+    mixer, x = kept_mixer(), images(1, 5, 16)
+    with torch.no_grad():
+        first = mixer.scan_parameters()
+        assert all(a is b for a, b in zip(mixer.scan_parameters(), first, strict=True))
+    assert mixer.scan_parameters()[0] is not first[0] and mixer.scan_parameters()[0].requires_grad
+    mixer.train()
+    with torch.no_grad():
+        assert mixer.scan_parameters()[0] is not first[0]
+        assert mixer.scan_parameters()[0] is not mixer.scan_parameters()[0]
+    agrees(mixer.eval(), x)
+
+
+def optimizer_step(mixer):
+    optimizer = torch.optim.AdamW(mixer.parameters(), lr=0.5)
+    mixer(images(1, 5, 16)).sum().backward()
+    optimizer.step()
+
+
+def load(mixer):
+    mixer.load_state_dict({name: x + 0.5 for name, x in mixer.state_dict().items()})
+
+
+def load_assigned(mixer):
+    mixer.load_state_dict({n: x + 0.5 for n, x in mixer.state_dict().items()}, assign=True)
+
+
+@torch.no_grad()
+def write(mixer):
+    mixer.A_log.mul_(1.5)
+    mixer.dt_proj.bias.add_(1.0)
+
+
+@torch.no_grad()
+def write_through_a_view(mixer):
+    mixer.A_log.detach()[3].fill_(2.0)
+    mixer.dt_proj.bias[1:].zero_()
+
+
+def replace(mixer):
+    mixer.A_log = nn.Parameter(mixer.A_log.detach() + 0.5)
+
+
+def swap_memory(mixer):
+    # Let go of the old memory first, so that the new one may take its place
+    for p in (mixer.A_log, mixer.dt_proj.bias):
+        shape = p.shape
+        p.data = torch.empty(0)
+        p.data = torch.full(shape, 0.7)
+
+
+def other_dtypes(mixer):
+    mixer.half().float()
+
+
+def widen(mixer):
+    mixer.double()
+
+
+def write_data(mixer):
+    mixer.A_log.data.mul_(1.5)
+    mixer.eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    (optimizer_step, load, load_assigned, write, write_through_a_view, replace, swap_memory,
+     other_dtypes, widen, write_data),
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+def test_mixer_notices_changes(change):
+    mixer, x = kept_mixer(), images(1, 5, 16)
+    agrees(mixer, x)
+    change(mixer)
+    agrees(mixer, x.to(mixer.D.dtype))
+    if change is not other_dtypes:
+        with torch.no_grad():
+            assert not torch.equal(mixer(x.to(mixer.D.dtype)), kept_mixer()(x).to(mixer.D.dtype))
+
+
+def test_mixer_in_inference_mode_and_out_of_it():
+    mixer, x = kept_mixer(), images(1, 5, 16)
+    with torch.inference_mode():
+        mixer(x)
+        assert mixer._kept is not None
+    assert not mixer._kept.values[0].is_inference()
+    agrees(mixer, x)
+    with torch.inference_mode():
+        # Its parameters count no writes: nothing is kept
+        born = kept_mixer()
+        born(x)
+        assert born._kept is None
+        born.A_log.mul_(1.5)
+        mixer.A_log.copy_(born.A_log)
+        torch.testing.assert_close(born(x), mixer(x), rtol=0, atol=0)
+
+
+def test_mixer_copies_keep_nothing_of_each_other():
+    mixer, x = kept_mixer(), images(1, 5, 16)
+    with torch.no_grad():
+        mixer(x)
+    for other in (copy.deepcopy(mixer), pickle.loads(pickle.dumps(mixer)), copy.copy(mixer)):
+        assert other._kept is None
+        agrees(other, x)
+    assert mixer._kept is not None
+    write(mixer)
+    agrees(mixer, x)
+
+
+def test_mixer_replicas_compute_their_own():
+    """What DataParallel makes: the same attributes, other parameters."""
+    mixer, x = kept_mixer(), images(1, 5, 16)
+    with torch.no_grad():
+        mixer(x)
+        replica = mixer._replicate_for_data_parallel()
+        assert replica._kept is mixer._kept
+        replica.A_log, replica.D, replica.dt_proj = mixer.A_log + 0.5, mixer.D + 0, mixer.dt_proj
+        found = replica.scan_parameters()[0]
+    torch.testing.assert_close(found, -torch.exp(mixer.A_log.detach() + 0.5))
+
+
+def test_mixer_under_functional_calls():
+    mixer, x = kept_mixer(), images(1, 5, 16)
+    other = {name: p.detach() + 0.5 for name, p in mixer.named_parameters()}
+    with torch.no_grad():
+        own = mixer(x)
+        found = torch.func.functional_call(mixer, other, (x,))
+        torch.testing.assert_close(mixer(x), own, rtol=0, atol=0)
+    changed = copy.deepcopy(mixer)
+    changed.load_state_dict(other)
+    torch.testing.assert_close(found, changed(x).detach(), rtol=0, atol=0)
+
+
+def test_mixer_compiled_and_exported_follows_its_parameters():
+    mixer, x = kept_mixer(), images(1, 5, 16)
+    with torch.no_grad():
+        mixer(x)
+        compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), mixer(x))
+        write(mixer)
+        torch.testing.assert_close(compiled(x), mixer(x))
+        program = torch.export.export(mixer, (x,)).module()
+        torch.testing.assert_close(program(x), mixer(x))
+        write(program)
+        write(mixer)
+        torch.testing.assert_close(program(x), mixer(x))
