@@ -80,6 +80,8 @@ _MODEL = {
 
 
 def _table(rows: Sequence[Row], columns: dict[str, Any]) -> list[str]:
+    if not rows:
+        return ["No rows with a result."]
     cells = [[str(cell(row)).replace("|", "/") for cell in columns.values()] for row in rows]
     kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]
     heads = list(columns)
@@ -109,7 +111,15 @@ def tables(rows: Iterable[Row]) -> str:
             )
         )
         text += ["", f"## {op}: {where}, {dtype}, batch {batch}", ""]
-        text += _table(here, _OPERATOR if op in OPERATORS else _MODEL)
+        there = [r for r in here if r["status"] != "unavailable"]
+        text += _table(there, _OPERATOR if op in OPERATORS else _MODEL)
+        absent = {
+            f"- {' '.join(filter(None, (look(r['provider'])[0], r.get('setting'))))}: {r['reason']}"
+            for r in here
+            if r["status"] == "unavailable"
+        }
+        if absent:
+            text += ["", "Unavailable here:", "", *sorted(absent)]
     if not rows:
         text += ["", "No rows."]
     elif not any(row.get("gpu") for row in rows):

@@ -375,6 +375,8 @@ def test_rows_of_a_whole_model(small_models, tmp_path, capsys):
     assert {path.name.split("_")[0] for path in written} == {"accuracy", "training", "cpu"}
     text = tables.tables(found)
     assert "| mamba_vision_T | 64 |" in text and "needs a GPU" in text
+    # What was not to be had is named once, below its table.
+    assert text.count("- compiled eager channels_last: needs mamba-ssm's scan") == 1
 
 
 def test_a_wrong_model_gets_no_time(small_models, tmp_path, monkeypatch):

@@ -52,6 +52,10 @@ def scripts(tmp_path, monkeypatch):
     return make
 
 
+def test_every_script_is_there():
+    assert all((ROOT / "benchmarks" / script).is_file() for script in run_all.SCRIPTS)
+
+
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
