@@ -73,23 +73,23 @@ class Case:
             "setting": None,
         }
 
-    def against_floor(self, kernel_us: list[float] | None) -> dict[str, Any]:
-        """The least bytes and time of this shape, and what of them was reached."""
+    def against_floor(self, gpu: str | None, kernel_us: list[float] | None) -> dict[str, Any]:
+        """The least bytes and time of this shape on a GPU, and what of them was reached."""
         found: dict[str, Any] = dict.fromkeys(COMPUTED)
-        name = torch.cuda.get_device_name() if self.device == "cuda" else None
-        device = roofline.device_named(name) or roofline.DEVICES[0]
+        device = roofline.device_named(gpu)
         shape = self.shape
         least = roofline.floor(
-            device, self.op, self.direction, self.batch, shape.seqlen, shape.dim, shape.dstate,
-            self.dtype.itemsize,
+            # The bytes are the same on any.
+            device or roofline.DEVICES[0], self.op, self.direction, self.batch, shape.seqlen,
+            shape.dim, shape.dstate, self.dtype.itemsize,
         )  # fmt: skip
         found["bytes_min"] = round(least.bytes)
         if kernel_us:
             found["gb_per_s"] = round(least.bytes / kernel_us[0] / 1e3, 1)
-        if roofline.device_named(name):
+        if device:
             found["floor_us"] = round(least.us, 3)
-            if kernel_us:
-                found["share_of_floor"] = round(least.us / kernel_us[0], 4)
+        if device and kernel_us:
+            found["share_of_floor"] = round(least.us / kernel_us[0], 4)
         return found
 
 
@@ -144,13 +144,14 @@ def _measured(prepared: Prepared, case: Case, budget_ms: float) -> dict[str, Any
     try:
         call = prepared.checked(case.direction)
         found = _measure.measure(call.ready(case.direction), case.device, budget_ms)
+        gpu = torch.cuda.get_device_name() if case.device == "cuda" else None
         saved = None
         if case.direction != "forward" and case.provider.name != "reference":
             saved = _measure.saved_bytes(call.function, call.parameters)
         return {
             **found,
             "saved_bytes": saved,
-            **case.against_floor(found["kernel_us"]),
+            **case.against_floor(gpu, found["kernel_us"]),
             "setting": call.setting,
             "status": "ok",
             "reason": None,

