@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ from models import Unavailable
 from ways import Way, Wrong
 from zoo import Model, pick
 
-__all__ = ["Benchmark", "Case", "Options", "by_model", "timed", "unmeasured"]
+__all__ = ["Benchmark", "Case", "Options", "Prepared", "by_model", "results", "unmeasured"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -93,14 +94,69 @@ def unmeasured(error: Exception) -> dict[str, Any]:
     return {**MEASURED, "status": "failed", "reason": _measure.reason(error)}
 
 
-def timed(
-    run: Callable[[], Any], case: Case, options: Options, graph: bool = True
-) -> dict[str, Any]:
-    """The measured part of a row that has times."""
-    found = _measure.measure(run, options.device, options.budget_ms, graph=graph)
-    middle, low, high = found["eager_us"]
-    images = [1e6 * case.batch / us for us in (middle, high, low)]
-    return {**MEASURED, **found, "images_per_s": images, "status": "ok", "reason": None}
+@dataclass(frozen=True)
+class Prepared:
+    """A case, checked and ready to run, and what its row says besides times."""
+
+    case: Case
+    run: Callable[[], Any]
+    graph: bool = True
+    saved_bytes: int | None = None
+
+    def row(self, found: dict[str, Any]) -> dict[str, Any]:
+        """The measured part of its row."""
+        middle, low, high = found["eager_us"]
+        images = [1e6 * self.case.batch / us for us in (middle, high, low)]
+        known = {"saved_bytes": self.saved_bytes, "images_per_s": images}
+        return {**MEASURED, **found, **known, "status": "ok", "reason": None}
+
+
+Found = tuple[Case, dict[str, Any]]
+
+
+def _in_turns(group: Sequence[Prepared], options: Options) -> Iterator[Found]:
+    """Times on a CPU. The cases take turns, so that what else the machine does meets all alike."""
+    running = []
+    for one in group:
+        try:
+            one.run()
+            running.append(one)
+        except Exception as error:
+            yield one.case, unmeasured(error)
+    times: list[list[float]] = [[] for _ in running]
+    end = time.perf_counter() + len(running) * options.budget_ms / 1e3
+    while running and (len(times[0]) < _measure.FEWEST or time.perf_counter() < end):
+        for one, own in zip(running, times, strict=True):
+            start = time.perf_counter()
+            one.run()
+            own.append(1e6 * (time.perf_counter() - start))
+    for one, own in zip(running, times, strict=True):
+        found = {"eager_us": _measure.percentiles(own), "budget_ms": options.budget_ms}
+        yield one.case, one.row(found)
+
+
+def results(
+    todo: Iterable[tuple[Case, Callable[[], Prepared]]], options: Options
+) -> Iterator[Found]:
+    """Measures what the second of each pair prepares, or says why that cannot be."""
+    together: dict[tuple, list[Prepared]] = {}
+    for case, prepare in todo:
+        try:
+            ready = prepare()
+            if options.device == "cpu":
+                together.setdefault((case.dtype, case.batch), []).append(ready)
+                continue
+            found = _measure.measure(
+                ready.run, options.device, options.budget_ms, graph=ready.graph
+            )
+            row = ready.row(found)
+            # Its memory is for the next one.
+            del ready
+            yield case, row
+        except Exception as error:
+            yield case, unmeasured(error)
+    for group in together.values():
+        yield from _in_turns(group, options)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,13 +8,13 @@ be finite.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from _whole import Benchmark, Case, Options, by_model, timed, unmeasured
+from _whole import Benchmark, Case, Found, Options, Prepared, by_model, results
 from models import ours, peer
 from torch import Tensor, nn
 from ways import WAYS, Gate, Way, Wrong
@@ -84,23 +84,32 @@ def _call(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def measure(todo: Sequence[Case], options: Options) -> Iterator[tuple[Case, dict[str, Any]]]:
+class _Models:
+    """Prepares the cases of one model; neighbours that differ in the batch alone share a copy."""
+
+    def __init__(self, model: Model, options: Options):
+        self.model, self.options = model, options
+        self.source: _Peer | _Ours | None = None
+        self.made: nn.Module | None = None
+        self.made_for: tuple[Way, torch.dtype] | None = None
+
+    def prepare(self, case: Case) -> Prepared:
+        if self.source is None:
+            kind = _Peer if self.model.library == "timm" else _Ours
+            self.source = kind(self.model.name, self.options)
+        if self.made is None or self.made_for != (case.way, case.dtype):
+            self.made = None
+            self.made = self.source.ready(case, self.options)
+            self.made_for = case.way, case.dtype
+        run = _call(self.made, self.options.images(case, case.batch))
+        return Prepared(case, run, graph=case.way.graph)
+
+
+def measure(todo: Sequence[Case], options: Options) -> Iterator[Found]:
     """Every case with the measured part of its row."""
     for model, own in by_model(todo).items():
-        source = made = of = None
-        for case in own:
-            try:
-                if source is None:
-                    source = (_Peer if model.library == "timm" else _Ours)(model.name, options)
-                # Cases that differ in the batch alone stand together and share a model.
-                if of != (case.way, case.dtype):
-                    of = made = None
-                    made = source.ready(case, options)
-                    of = case.way, case.dtype
-                run = _call(made, options.images(case, case.batch))
-                yield case, timed(run, case, options, graph=case.way.graph)
-            except Exception as error:
-                yield case, unmeasured(error)
+        models = _Models(model, options)
+        yield from results(((case, partial(models.prepare, case)) for case in own), options)
 
 
 BENCHMARK = Benchmark(

@@ -11,14 +11,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import _measure
 import torch
 import torch.nn.functional as F
-from _whole import Benchmark, Case, Options, by_model, timed, unmeasured
+from _whole import Benchmark, Case, Found, Options, Prepared, by_model, results
 from models import ours
 from torch import Tensor, nn
 from ways import TRAINING_WAYS, TrainingGate
@@ -60,28 +59,34 @@ def step_of(
     return run
 
 
-def measure(todo: Sequence[Case], options: Options) -> Iterator[tuple[Case, dict[str, Any]]]:
+class _Models:
+    """Prepares the cases of one model."""
+
+    def __init__(self, name: str, options: Options):
+        self.name, self.options = name, options
+        self.source: nn.Module | None = None
+        self.gate: TrainingGate | None = None
+
+    def prepare(self, case: Case) -> Prepared:
+        device = self.options.device
+        if self.source is None or self.gate is None:
+            self.source = ours(self.name, device, drop_path_rate=0.0).train()
+            self.gate = TrainingGate(self.source, self.options.images(case, 2).float())
+        model = case.way.make(self.source, torch.float32).train()
+        self.gate.check(model, case.way, case.dtype)
+        images = self.options.images(case, case.batch).float()
+        labels = torch.arange(case.batch, device=device) % 10
+        loss = partial(forward, model, images, labels, case.dtype)
+        kept = _measure.saved_bytes(loss, model.parameters())
+        # A gradient scaler asks the GPU whether to step: no graph holds that.
+        return Prepared(case, step_of(model, loss, case.dtype), graph=False, saved_bytes=kept)
+
+
+def measure(todo: Sequence[Case], options: Options) -> Iterator[Found]:
     """Every case with the measured part of its row."""
     for model, own in by_model(todo).items():
-        source = gate = None
-        for case in own:
-            try:
-                if source is None:
-                    source = ours(model.name, options.device, drop_path_rate=0.0).train()
-                    small = options.images(case, 2).float()
-                    gate = TrainingGate(source, small)
-                made = case.way.make(source, torch.float32).train()
-                gate.check(made, case.way, case.dtype)
-                images = options.images(case, case.batch).float()
-                labels = torch.arange(case.batch, device=options.device) % 1000
-                loss = partial(forward, made, images, labels, case.dtype)
-                kept = _measure.saved_bytes(loss, made.parameters())
-                step = step_of(made, loss, case.dtype)
-                # A gradient scaler asks the GPU whether to step: no graph holds that.
-                found = timed(step, case, options, graph=False)
-                yield case, {**found, "saved_bytes": kept}
-            except Exception as error:
-                yield case, unmeasured(error)
+        models = _Models(model.name, options)
+        yield from results(((case, partial(models.prepare, case)) for case in own), options)
 
 
 BENCHMARK = Benchmark(

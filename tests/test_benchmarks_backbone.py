@@ -391,14 +391,29 @@ def test_a_wrong_model_gets_no_time(small_models, tmp_path, monkeypatch):
     def failing(model, dtype):
         raise ValueError("no such luck\nand a second line")
 
-    chosen = [ways.Way("ours", "broken", broken), ways.Way("ours", "failing", failing), way("ours")]
+    class Falling(torch.nn.Module):
+        """Right for the two images of the gate, and then no more."""
+
+        def __init__(self, model, dtype):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            if len(images) == 1:
+                raise MemoryError("too many")
+            return self.model(images)
+
+    faults = {"broken": broken, "failing": failing, "falling": Falling}
+    chosen = [*(ways.Way("ours", name, make) for name, make in faults.items()), way("ours")]
     monkeypatch.setattr(bench_backbone, "WAYS", chosen)
     rows_file = tmp_path / "rows.jsonl"
     bench_backbone.BENCHMARK.main(
         ["--device", "cpu", "--resolution", "64", "--budget-ms", "1", "--batch", "1", "--models",
          "mamba_vision_T", "--output", str(rows_file)]
     )  # fmt: skip
-    wrong, failed, right = row_tools.read([rows_file])
+    wrong, failed, fell, right = row_tools.read([rows_file])
+    assert [r["setting"] for r in (wrong, failed, fell, right)] == [*faults, "nchw"]
+    assert fell["status"] == "failed" and fell["reason"] == "MemoryError: too many"
     assert wrong["status"] == "wrong" and "off by" in wrong["reason"]
     assert failed["status"] == "failed" and failed["reason"] == "ValueError: no such luck"
     assert all(r["eager_us"] is r["images_per_s"] is None for r in (wrong, failed))
