@@ -149,8 +149,55 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(rearrange(y, "b h n d -> b n (h d)")))
 
 
+class _GeluLinear(torch.autograd.Function):
+    """y = gelu(h) W^T + b, of which h alone is kept: gelu(h) is computed again.
+
+        da = dy W       dh = gelu'(h) da       dW = dy^T gelu(h)       db = sum dy
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h, W, b):
+        return F.linear(F.gelu(h), W, b)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        h, W, b = ctx.saved_tensors
+        dh = dW = db = None
+        rows = dy.reshape(-1, dy.shape[-1])
+        # Under autocast dy is in its dtype and the weights are not.
+        if ctx.needs_input_grad[0]:
+            dh = torch.ops.aten.gelu_backward((dy @ W.to(dy.dtype)).to(h.dtype), h)
+        if ctx.needs_input_grad[1]:
+            a = F.gelu(h).to(dy.dtype)
+            dW = (rows.t() @ a.reshape(-1, a.shape[-1])).to(W.dtype)
+        if ctx.needs_input_grad[2]:
+            db = rows.sum(0, dtype=b.dtype)
+        return dh, dW, db
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether to call it is to compute what its class does: no subclass, no hooks."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))), gelu in its exact form, a dropout after each."""
+    """fc2(gelu(fc1(x))), gelu in its exact form, a dropout after each.
+
+    For the backward pass gelu's output, as large as its input, is not kept but computed again. Not
+    so where dropout is active, where others put hooks or modules of their own in, and under
+    torch.compile, which decides for itself what to compute again.
+    """
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
@@ -159,8 +206,20 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
+    def _again(self) -> bool:
+        """Whether gelu(h) is computed again."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if self.training and self.drop.p > 0:
+            return False
+        exact = _plain(self.act, nn.GELU) and self.act.approximate == "none"
+        return exact and _plain(self.fc2, nn.Linear)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        h = self.fc1(x)
+        if self._again():
+            return _GeluLinear.apply(h, self.fc2.weight, self.fc2.bias)
+        return self.drop(self.fc2(self.drop(self.act(h))))
 
 
 class Block(nn.Module):
