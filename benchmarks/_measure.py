@@ -32,12 +32,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "append", "file_name", "machine", "measure", "percentiles", "reason", "saved_bytes",
+    "append", "file_name", "machine", "measure", "measure_in_turns", "percentiles", "reason",
+    "saved_bytes",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[[], Any]
 
+COLUMNS = ("kernel_us", "eager_us", "graph_us", "graph_reason", "peak_bytes")
 FEWEST, MOST = 3, 200
 # Longest that the GPU is kept busy before a call. A call that takes longer to enqueue (a loop over
 # time in Python) is bound by its launches, and more launches than the driver's queue holds, about a
@@ -67,13 +69,13 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}"[:200] if first else type(error).__name__
 
 
-def _wall(run: Run, synchronize: Run, budget_ms: float) -> list[float]:
+def _wall(run: Run, budget_ms: float) -> list[float]:
     times: list[float] = []
     end = time.perf_counter() + budget_ms / 1e3
     while len(times) < FEWEST or (len(times) < MOST and time.perf_counter() < end):
         start = time.perf_counter()
         run()
-        synchronize()
+        torch.cuda.synchronize()
         times.append(1e6 * (time.perf_counter() - start))
     return percentiles(times)
 
@@ -150,7 +152,7 @@ def _graph(run: Run, budget_ms: float) -> list[float]:
             run()
         graph.replay()
         torch.cuda.synchronize()
-        return _wall(graph.replay, torch.cuda.synchronize, budget_ms)
+        return _wall(graph.replay, budget_ms)
     finally:
         del graph
         torch.cuda.synchronize()
@@ -178,16 +180,15 @@ def measure(run: Run, device: str, budget_ms: float = 100.0, *, graph: bool = Tr
     >>> measure(lambda: torch.ones(9).sum(), "cpu", 1.0)["kernel_us"] is None
     True
     """
-    found: dict[str, Any] = dict.fromkeys(("kernel_us", "eager_us", "graph_us", "peak_bytes"))
-    found |= {"graph_reason": None, "budget_ms": budget_ms}
     where = torch.device(device)
-    run()
     if where.type != "cuda":
-        return found | {"eager_us": _wall(run, lambda: None, budget_ms)}
+        return measure_in_turns([run], budget_ms)[0]
+    found: dict[str, Any] = {**dict.fromkeys(COLUMNS), "budget_ms": budget_ms}
+    run()
     with torch.cuda.device(where):
         torch.cuda.synchronize()
         found["kernel_us"] = _kernels(run, where, budget_ms)
-        found["eager_us"] = _wall(run, torch.cuda.synchronize, budget_ms)
+        found["eager_us"] = _wall(run, budget_ms)
         found["peak_bytes"] = _peak_bytes(run)
         if graph:
             try:
@@ -195,6 +196,26 @@ def measure(run: Run, device: str, budget_ms: float = 100.0, *, graph: bool = Tr
             except RuntimeError as error:
                 found["graph_reason"] = reason(error)
     return found
+
+
+def measure_in_turns(runs: Sequence[Run], budget_ms: float) -> list[dict]:
+    """`measure` of several functions on a CPU, where what else the machine does should meet all
+    alike: after a call each that is not timed they take turns until their budgets are spent."""
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        run()
+    end = time.perf_counter() + len(runs) * budget_ms / 1e3
+    turns = 0
+    while turns < FEWEST or (turns < MOST and time.perf_counter() < end):
+        for run, own in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            own.append(1e6 * (time.perf_counter() - start))
+        turns += 1
+    return [
+        {**dict.fromkeys(COLUMNS), "budget_ms": budget_ms, "eager_us": percentiles(own)}
+        for own in times
+    ]
 
 
 def saved_bytes(run: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> int:

@@ -140,37 +140,67 @@ class Prepared:
         return None
 
 
-def _measured(prepared: Prepared, case: Case, budget_ms: float) -> dict[str, Any]:
-    try:
-        call = prepared.checked(case.direction)
-        found = _measure.measure(call.ready(case.direction), case.device, budget_ms)
-        gpu = torch.cuda.get_device_name() if case.device == "cuda" else None
-        saved = None
-        if case.direction != "forward" and case.provider.name != "reference":
-            saved = _measure.saved_bytes(call.function, call.parameters)
-        return {
-            **found,
-            "saved_bytes": saved,
-            **case.against_floor(gpu, found["kernel_us"]),
-            "setting": call.setting,
-            "status": "ok",
-            "reason": None,
-        }
-    except Exception as error:
-        return _unmeasured(error)
+def _row(case: Case, call: Call, found: dict[str, Any]) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if case.device == "cuda" else None
+    saved = None
+    if case.direction != "forward" and case.provider.name != "reference":
+        saved = _measure.saved_bytes(call.function, call.parameters)
+    return {
+        **case.describe(),
+        **found,
+        "saved_bytes": saved,
+        **case.against_floor(gpu, found["kernel_us"]),
+        "setting": call.setting,
+        "status": "ok",
+        "reason": None,
+    }
 
 
-def measure(cases: Iterable[Case], budget_ms: float) -> Iterator[dict[str, Any]]:
-    """A row per case, without what `_measure.machine` says, in the order of the cases."""
+Found = tuple[Case, dict[str, Any]]
+
+
+def _in_turns(waiting: Sequence[tuple[Case, Call]], budget_ms: float) -> Iterator[Found]:
+    able, runs = [], []
+    for case, call in waiting:
+        try:
+            run = call.ready(case.direction)
+            run()
+        except Exception as error:
+            yield case, {**case.describe(), **_unmeasured(error)}
+        else:
+            able.append((case, call))
+            runs.append(run)
+    times = _measure.measure_in_turns(runs, budget_ms)
+    for (case, call), found in zip(able, times, strict=True):
+        yield case, _row(case, call, found)
+
+
+def measure(cases: Iterable[Case], budget_ms: float) -> Iterator[Found]:
+    """Each case with its row, but for what `_measure.machine` says, as soon as it is known.
+
+    On a CPU the providers of one size take turns.
+    """
     for _, of_size in groupby(cases, key=lambda case: case.size):
         gate: Gate | None = None
+        waiting: dict[str, list[tuple[Case, Call]]] = {}
         for _, own in groupby(of_size, key=lambda case: case.provider):
             prepared: Prepared | None = None
             for case in own:
-                if prepared is None:
+                try:
                     gate = gate or Gate(*case.size)
-                    prepared = Prepared(case.provider, gate)
-                yield {**case.describe(), **_measured(prepared, case, budget_ms)}
+                    prepared = prepared or Prepared(case.provider, gate)
+                    call = prepared.checked(case.direction)
+                    if case.device == "cpu":
+                        waiting.setdefault(case.direction, []).append((case, call))
+                        continue
+                    run = call.ready(case.direction)
+                    found = _measure.measure(run, case.device, budget_ms)
+                    row = _row(case, call, found)
+                except Exception as error:
+                    row = {**case.describe(), **_unmeasured(error)}
+                yield case, row
+        for together in waiting.values():
+            yield from _in_turns(together, budget_ms)
 
 
 def _time(us: float) -> str:
@@ -334,7 +364,7 @@ class Benchmark:
         try:
             found = measure(cases, budget_ms)
             with _own_stream(device), tqdm(found, total=len(cases), unit="row") as bar:
-                for case, row in zip(cases, bar, strict=True):
+                for case, row in bar:
                     _measure.append(output, {**row, **where})
                     rows.append(row)
                     if row["status"] != "ok":

@@ -39,7 +39,7 @@ class Gate:
         self.problem = self.few.repeated(self.index)
         self._known: dict[bool, tuple[Tensors, dict[str, float]]] = {}
 
-    def _truth(self, gradients: bool) -> tuple[Tensors, dict[str, float]]:
+    def truth(self, gradients: bool) -> tuple[Tensors, dict[str, float]]:
         """Exact results of the few sequences, and the limit of each."""
         if gradients not in self._known:
             truth = reference_results(self.few.to(torch.float64), gradients)
@@ -55,7 +55,7 @@ class Gate:
 
     def check(self, call: Call, gradients: bool) -> None:
         """Wrong, naming the first result that is off; a NaN is never within a limit."""
-        truth, limits = self._truth(gradients)
+        truth, limits = self.truth(gradients)
         found = call.results(gradients)
         for name, exact in truth.items():
             if _per_sequence(name):
