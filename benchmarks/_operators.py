@@ -14,12 +14,15 @@ import roofline
 import torch
 from gate import Gate
 from models import Unavailable
-from providers import PROVIDERS, Call, Provider
+from problems import Call
+from providers import PROVIDERS, Provider
 from shapes import CPU_SIZES, GPU_SIZES, SHAPES, Shape
 from tqdm import tqdm
 from ways import Wrong
 
-__all__ = ["Benchmark", "Case", "Prepared", "device_here", "measure", "table"]
+__all__ = [
+    "Benchmark", "Case", "Prepared", "device_here", "measure", "own_stream", "table",
+]  # fmt: skip
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DIRECTIONS = ("forward", "backward", "both")
@@ -102,7 +105,7 @@ def _unmeasured(error: Exception) -> dict[str, Any]:
     return {**dict.fromkeys((*MEASURED, *COMPUTED)), "status": status, "reason": why}
 
 
-def _own_stream(device: str) -> AbstractContextManager:
+def own_stream(device: str) -> AbstractContextManager:
     # The CUDA graph of a backward pass needs its forward pass on a stream that can be captured.
     return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
 
@@ -363,7 +366,7 @@ class Benchmark:
         rows: list[dict[str, Any]] = []
         try:
             found = measure(cases, budget_ms)
-            with _own_stream(device), tqdm(found, total=len(cases), unit="row") as bar:
+            with own_stream(device), tqdm(found, total=len(cases), unit="row") as bar:
                 for case, row in bar:
                     _measure.append(output, {**row, **where})
                     rows.append(row)

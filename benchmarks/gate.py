@@ -12,7 +12,7 @@ roundings of float32, what adding them up one after another loses.
 import math
 
 import torch
-from providers import PER_SEQUENCE, Call, Tensors, make_problem, reference_results
+from problems import PER_SEQUENCE, Call, Tensors, make_problem, reference_results
 from shapes import Shape
 from torch import Tensor
 from ways import Wrong

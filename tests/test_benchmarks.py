@@ -21,6 +21,7 @@ import _operators  # noqa: E402
 import bench_conv1d_silu  # noqa: E402
 import bench_mixer  # noqa: E402
 import bench_selective_scan  # noqa: E402
+import problems  # noqa: E402
 import providers  # noqa: E402
 import roofline  # noqa: E402
 from gate import Gate, Wrong  # noqa: E402
@@ -93,6 +94,34 @@ def test_saved_bytes_are_not_fooled_by_memory_used_again():
         return y
 
     assert _measure.saved_bytes(forward) == 10 * 4000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_has_every_time():
+    for name in ("triton", "eager"):
+        with _operators.own_stream("cuda"):
+            cases = [
+                _operators.Case(
+                    "conv1d_silu", TINY, 4, torch.float16, provider("conv1d_silu", name), d, "cuda"
+                )
+                for d in _operators.DIRECTIONS
+            ]
+            for _, row in _operators.measure(cases, 5.0):
+                assert row["status"] == "ok", row["reason"]
+                for column in ("kernel_us", "eager_us", "graph_us"):
+                    assert row[column] and row[column][0] > 0, (column, row)
+                assert row["peak_bytes"] > 0
+                assert row["kernel_us"][0] < row["eager_us"][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_call_that_waits_for_the_gpu_has_no_graph():
+    x = torch.ones(9, device="cuda")
+    found = _measure.measure(lambda: x.sum().item(), "cuda", 1.0)
+    assert found["graph_us"] is None and "synchroniz" in found["graph_reason"]
+    assert found["kernel_us"] and _measure.measure(lambda: x + 1, "cuda", 1.0)["graph_us"]
 
 
 # Rows
@@ -248,8 +277,8 @@ def test_gate_lets_eager_mixers_on_either_scan_pass(mamba_ssm, op):
 
 def test_gradients_of_weights_stay_within_float16():
     """Sums over 256 sequences of 1024 steps, from those over one of 256 steps."""
-    problem = providers.make_problem("mixer", SHAPES["L3-512-s4"], 1, torch.float32, "cpu")
-    found = providers.reference_results(problem, True)
+    problem = problems.make_problem("mixer", SHAPES["L3-512-s4"], 1, torch.float32, "cpu")
+    found = problems.reference_results(problem, True)
     largest = max(float(x.abs().max()) for name, x in found.items() if "weight" in name)
     assert largest * 256 * 4 < torch.finfo(torch.float16).max
 
