@@ -325,7 +325,7 @@ class Benchmark:
         )  # fmt: skip
         add("--dtype", nargs="+", choices=DTYPES, help="default: float16; on a CPU float32")
         add("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="default: all")
-        add("--budget-ms", type=_positive, help="for each time (default: 60; on a CPU 400)")
+        add("--budget-ms", type=_positive, help="for each time (default: 40; on a CPU 400)")
         add("--threads", type=_count, help="of PyTorch, on a CPU (default: PyTorch's choice)")
         add("--output", type=Path, help="file that rows are appended to (default: in results/)")
         add("--list", action="store_true", help="print one line per row, measure nothing")
@@ -362,7 +362,7 @@ class Benchmark:
             print(NEEDS_GPU)
         where = _measure.machine(device)
         output = given.output or RESULTS / _measure.file_name(where, self.ops[0])
-        budget_ms = given.budget_ms or (60.0 if device == "cuda" else 400.0)
+        budget_ms = given.budget_ms or (40.0 if device == "cuda" else 400.0)
         rows: list[dict[str, Any]] = []
         try:
             found = measure(cases, budget_ms)

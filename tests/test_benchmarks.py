@@ -97,7 +97,6 @@ def test_saved_bytes_are_not_fooled_by_memory_used_again():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_has_every_time():
     for name in ("triton", "eager"):
         with _operators.own_stream("cuda"):
@@ -116,7 +115,6 @@ def test_a_gpu_has_every_time():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_call_that_waits_for_the_gpu_has_no_graph():
     x = torch.ones(9, device="cuda")
     found = _measure.measure(lambda: x.sum().item(), "cuda", 1.0)
@@ -185,7 +183,7 @@ def floor(op, direction, name, device=roofline.DEVICES[0]):
     return roofline.floor(device, op, direction, 128, shape.seqlen, shape.dim, shape.dstate)
 
 
-@pytest.mark.parametrize(("op", "direction"), FLOORS, ids="-".join)
+@pytest.mark.parametrize(("op", "direction"), FLOORS, ids=["-".join(key) for key in FLOORS])
 def test_floors(op, direction):
     found = [floor(op, direction, name).us for name in FLOOR_SHAPES]
     assert found == pytest.approx(FLOORS[op, direction], rel=0.015)
