@@ -304,7 +304,7 @@ class Benchmark:
             epilog="Rows are appended; the columns are explained in benchmarks/README.md. A wrong, "
             "failed or unavailable\nprovider has a row that says why. Exit codes: 0, 2 for what "
             "cannot be asked for, 130 after Ctrl-C.\n\nexample: %(prog)s --shapes T-s3 L-s3 "
-            "--providers triton mamba_ssm --direction forward",
+            "--providers triton eager --direction forward",
         )
         names = list(dict.fromkeys(p.name for op in self.ops for p in PROVIDERS[op]))
         add = parser.add_argument
