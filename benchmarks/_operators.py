@@ -364,14 +364,18 @@ class Benchmark:
         output = given.output or RESULTS / _measure.file_name(where, self.ops[0])
         budget_ms = given.budget_ms or (40.0 if device == "cuda" else 400.0)
         rows: list[dict[str, Any]] = []
+        said: set[str] = set()
         try:
             found = measure(cases, budget_ms)
             with own_stream(device), tqdm(found, total=len(cases), unit="row") as bar:
                 for case, row in bar:
                     _measure.append(output, {**row, **where})
                     rows.append(row)
-                    if row["status"] != "ok":
-                        bar.write(f"{case}: {row['status']}: {row['reason']}")
+                    about = case.provider.name if row["status"] == "unavailable" else str(case)
+                    line = f"{about}: {row['status']}: {row['reason']}"
+                    if row["status"] != "ok" and line not in said:
+                        said.add(line)
+                        bar.write(line)
         except KeyboardInterrupt:
             print(f"stopped; {len(rows)} rows are in {output}", file=sys.stderr)
             return 130
