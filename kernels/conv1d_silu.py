@@ -11,14 +11,18 @@ Backward, with a recomputed from x and not stored:
 Shapes: x, y (batch, seqlen, dim); weight (dim, width) or (dim, 1, width); bias (dim,). Any float
 dtype up to float32 in, float32 inside.
 
-Split: the op moves bytes and little else. All batch * seqlen rows form one axis; a program owns
-BLOCK_L of them and BLOCK_D channels, neighbouring rows come from the cache. A neighbour beyond its
-sequence's end is masked, so blocks may span batch entries and no length wastes lanes. The backward
-pass recomputes da of the neighbours too. dweight and dbias have two stages, one partial per program
-and one torch sum, hence the same bits in every run.
+Split: the op moves bytes and little else. Every sequence is cut into runs of STEPS rows; a program
+owns BLOCK_L runs and BLOCK_D channels, and walks its runs side by side, so that a row is loaded and
+converted once and serves its neighbours out of registers. Runs begin and end with rows of other
+runs, loaded again, or with the zeros outside the sequence. A lane holds neighbouring channels, 16
+bytes where 8 divides dim. The backward pass recomputes da of the rows next to a run, and adds up
+dweight and dbias in registers over all blocks of runs of a program; their sums have two stages, one
+partial per program and one torch sum, hence the same bits in every run.
 
 Source: the convolution of the MambaVision mixer, arXiv 2407.08083, section 3.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -26,150 +30,292 @@ import triton.language as tl
 
 from . import _device as dev
 
-# Rows and channels per program: 2,048 elements for 4 warps, 16 a lane.
-CONFIG = {"BLOCK_L": 32, "BLOCK_D": 64, "num_warps": 4, "enable_fp_fusion": True}
+# Rows of a run: the first number that divides the length, 7 for windows of 14 x 14 and 7 x 7, or
+# the last. Longer runs load and compute less twice, but hold more registers and compile longer.
+STEPS = (7, 8)
+# A lane holds 8 channels forward, and 4 backward, whose sums live in registers.
+CONFIGS = {
+    "fwd": {"BLOCK_L": 16, "BLOCK_D": 32, "num_warps": 2},
+    "bwd": {"BLOCK_L": 16, "BLOCK_D": 32, "num_warps": 4},
+}
+# Backward, beyond this number of programs each takes several blocks of runs: what a large GPU holds
+# at once, and the fewer partial sums.
+PROGRAMS = 640
 
 
 @triton.jit
-def rows_of(block, batch, seqlen, BLOCK_L: tl.constexpr):
-    """Batch entry, time and mask of the rows of a block, (BLOCK_L, 1), 64 bits wide."""
-    offs = block * BLOCK_L + tl.arange(0, BLOCK_L).to(tl.int64)[:, None]
-    return offs // seqlen, offs % seqlen, offs < tl.cast(batch, tl.int64) * seqlen
+def runs_of(block, batch, seqlen, BLOCK_L: tl.constexpr, STEPS: tl.constexpr):
+    """Of each run of a block, (BLOCK_L, 1): its first row of all batch * seqlen, 64 bits wide, that
+    row's step, and whether there is such a run."""
+    # Divisions of 64 bits are subroutines; a grid has less than 2^31 blocks. BLOCK_L runs times
+    # the runs of one sequence must fit as well, which 10^7 steps do
+    block = block.to(tl.int32)
+    runs = tl.cdiv(seqlen, STEPS)
+    run = block % runs * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
+    b = block // runs * BLOCK_L + run // runs
+    t = run % runs * STEPS
+    return b.to(tl.int64) * seqlen + t, t, b < batch
 
 
 @triton.jit
-def _load_shifted(ptr, stride_b, stride_l, b, t, mask, shift, offs_d, seqlen):
-    """Rows t + shift of a (batch, seqlen, dim) tensor, 0 outside the sequence."""
-    s = t + shift
-    mask = mask & (s >= 0) & (s < seqlen)
-    return tl.load(ptr + b * stride_b + s * stride_l + offs_d, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def conv_rows(
-    x_ptr, stride_xb, stride_xl, weight_ptr, bias_ptr, b, t, mask, offs_d, mask_d, seqlen,
-    WIDTH: tl.constexpr,
+def load_run(
+    ptr, stride_l: tl.constexpr, row, t, mask, offs_d, seqlen,
+    FIRST: tl.constexpr, LAST: tl.constexpr, STEPS: tl.constexpr, EVEN_L: tl.constexpr,
 ):  # fmt: skip
-    """a for the rows (b, t), (BLOCK_L, 1), and the channels offs_d, (1, BLOCK_D)."""
-    a = tl.zeros((t.shape[0], offs_d.shape[1]), tl.float32)
-    if bias_ptr is not None:
-        a += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    """Rows FIRST .. LAST counted from the beginning of each run, a tuple of (BLOCK_L, BLOCK_D), 0
+    outside the sequence."""
+    ptr = ptr + (row * stride_l + offs_d)
+    rows = ()
+    for i in tl.static_range(FIRST, LAST + 1):
+        if i < 0:
+            mask_i = mask & (t + i >= 0)
+        elif EVEN_L and i < STEPS:
+            mask_i = mask
+        else:
+            mask_i = mask & (t + i < seqlen)
+        rows = rows + (tl.load(ptr + i * stride_l, mask=mask_i, other=0.0),)
+    return rows
+
+
+@triton.jit
+def load_taps(ptr, offs_d, mask_d, WIDTH: tl.constexpr):
+    """The convolution's weights, a tuple of (1, BLOCK_D)."""
+    taps = ()
     for k in tl.static_range(WIDTH):
-        weight = tl.load(weight_ptr + offs_d * WIDTH + k, mask=mask_d, other=0.0).to(tl.float32)
-        shift = k - (WIDTH - 1) // 2
-        a += weight * _load_shifted(x_ptr, stride_xb, stride_xl, b, t, mask, shift, offs_d, seqlen)
+        taps = taps + (tl.load(ptr + offs_d * WIDTH + k, mask=mask_d, other=0.0).to(tl.float32),)
+    return taps
+
+
+@triton.jit
+def convolve(rows, i: tl.constexpr, taps, bias):
+    """a of the step that reads rows[i], rows[i + 1], ..."""
+    a = bias
+    for k in tl.static_range(len(taps)):
+        a += taps[k] * rows[i + k].to(tl.float32)
     return a
 
 
 @triton.jit
-def _owned_tile(batch, seqlen, dim, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Row block, its rows and channels with their masks; grid axis 0 alone, 64 bits wide."""
-    pid = tl.program_id(0).to(tl.int64)
-    blocks_d = tl.cdiv(dim, BLOCK_D)
-    offs_d = pid % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    b, t, mask_l = rows_of(pid // blocks_d, batch, seqlen, BLOCK_L)
-    return pid // blocks_d, b, t, offs_d, mask_l & (offs_d < dim), offs_d < dim
+def store_step(
+    ptr, stride_l: tl.constexpr, row, t, i: tl.constexpr, value, mask, offs_d, seqlen,
+    EVEN_L: tl.constexpr,
+):  # fmt: skip
+    """Row i of each run, unless it lies behind the end of the sequence."""
+    if not EVEN_L:
+        mask = mask & (t + i < seqlen)
+    dev.store(ptr + (row * stride_l + offs_d) + i * stride_l, value, mask)
+
+
+@triton.jit
+def channels_of(block, dim: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Channels of a block and their mask, (1, BLOCK_D)."""
+    offs_d = block * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    if dim % BLOCK_D == 0:
+        mask_d = tl.full((1, BLOCK_D), True, tl.int1)
+    else:
+        mask_d = offs_d < dim
+    return offs_d, mask_d
+
+
+@triton.jit
+def convolve_fwd(
+    x_ptr, stride_xl: tl.constexpr,  # (batch, seqlen, dim)
+    weight_ptr,  # (dim, width)
+    bias_ptr,  # (dim,) or None
+    y_ptr, stride_yl: tl.constexpr,  # (batch, seqlen, dim)
+    block, offs_d, mask_d, batch, seqlen, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    STEPS: tl.constexpr, EVEN_L: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """y of one block of runs and of channels."""
+    left: tl.constexpr = (WIDTH - 1) // 2
+    row, t, mask_l = runs_of(block, batch, seqlen, BLOCK_L, STEPS)
+    mask = mask_l & mask_d
+    xs = load_run(
+        x_ptr, stride_xl, row, t, mask, offs_d, seqlen, -left, STEPS + WIDTH - 2 - left, STEPS,
+        EVEN_L,
+    )  # fmt: skip
+    taps = load_taps(weight_ptr, offs_d, mask_d, WIDTH)
+    bias = dev.load_vector(bias_ptr, offs_d, mask_d)
+    for i in tl.static_range(STEPS):
+        y = convolve(xs, i, taps, bias)
+        if ACTIVATION:
+            y = dev.silu(y)
+        store_step(y_ptr, stride_yl, row, t, i, y, mask, offs_d, seqlen, EVEN_L)
 
 
 @triton.jit(do_not_specialize=["batch", "seqlen"])
 def _conv1d_silu_fwd_kernel(
-    x_ptr, stride_xb, stride_xl,  # (batch, seqlen, dim)
+    x_ptr, stride_xl: tl.constexpr,  # (batch, seqlen, dim)
     weight_ptr,  # (dim, width)
     bias_ptr,  # (dim,) or None
-    y_ptr, stride_yb, stride_yl,  # (batch, seqlen, dim)
-    batch, seqlen, dim: tl.constexpr,
-    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    y_ptr, stride_yl: tl.constexpr,  # (batch, seqlen, dim)
+    batch, seqlen, dim: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    STEPS: tl.constexpr, EVEN_L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    _, b, t, offs_d, mask, mask_d = _owned_tile(batch, seqlen, dim, BLOCK_L, BLOCK_D)
-    y = conv_rows(
-        x_ptr, stride_xb, stride_xl, weight_ptr, bias_ptr, b, t, mask, offs_d, mask_d, seqlen, WIDTH
-    )
-    if ACTIVATION:
-        y = dev.silu(y)
-    dev.store(y_ptr + b * stride_yb + t * stride_yl + offs_d, y, mask)
+    pid = tl.program_id(0).to(tl.int64)
+    blocks_d = tl.cdiv(dim, BLOCK_D)
+    offs_d, mask_d = channels_of(pid % blocks_d, dim, BLOCK_D)
+    convolve_fwd(
+        x_ptr, stride_xl, weight_ptr, bias_ptr, y_ptr, stride_yl, pid // blocks_d, offs_d, mask_d,
+        batch, seqlen, WIDTH, ACTIVATION, STEPS, EVEN_L, BLOCK_L,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["batch", "seqlen"])
+@triton.jit
+def convolve_bwd(
+    dy_ptr, stride_dyl: tl.constexpr,  # (batch, seqlen, dim)
+    x_ptr, stride_xl: tl.constexpr,  # (batch, seqlen, dim)
+    weight_ptr,  # (dim, width)
+    bias_ptr,  # (dim,) or None
+    dx_ptr, stride_dxl: tl.constexpr,  # (batch, seqlen, dim)
+    sums_ptr,  # (dim, columns), of this program
+    first, count, offs_d, mask_d,
+    batch, seqlen, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr, EVEN_L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx of `count` blocks of runs from `first` on, and their sums: dweight, then dbias where there
+    is a bias."""
+    left: tl.constexpr = (WIDTH - 1) // 2
+    right: tl.constexpr = WIDTH - 1 - left
+    taps = load_taps(weight_ptr, offs_d, mask_d, WIDTH)
+    bias = dev.load_vector(bias_ptr, offs_d, mask_d)
+    sums = ()
+    for _ in tl.static_range(WIDTH + (bias_ptr is not None)):
+        sums = sums + (tl.zeros((BLOCK_L, BLOCK_D), tl.float32),)
+    for n in range(count):
+        row, t, mask_l = runs_of(first + n, batch, seqlen, BLOCK_L, STEPS)
+        mask = mask_l & mask_d
+        dys = load_run(
+            dy_ptr, stride_dyl, row, t, mask, offs_d, seqlen, -right, STEPS - 1 + left, STEPS,
+            EVEN_L,
+        )  # fmt: skip
+        xs = load_run(
+            x_ptr, stride_xl, row, t, mask, offs_d, seqlen, 1 - WIDTH, STEPS + WIDTH - 2, STEPS,
+            EVEN_L,
+        )  # fmt: skip
+        das = ()
+        # das[j] is of the run's row j - right, which read xs[j] .. xs[j + WIDTH - 1]
+        for j in tl.static_range(STEPS + WIDTH - 1):
+            da = dys[j].to(tl.float32)
+            if ACTIVATION:
+                da *= dev.dsilu(convolve(xs, j, taps, bias))
+            das = das + (da,)
+            if j >= right and j < right + STEPS:
+                new = ()
+                for k in tl.static_range(WIDTH):
+                    new = new + (sums[k] + da * xs[j + k].to(tl.float32),)
+                if bias_ptr is not None:
+                    new = new + (sums[WIDTH] + da,)
+                sums = new
+            if j >= WIDTH - 1:
+                # Row t was read through weight_k by row t - k + left
+                dx = taps[0] * da
+                for k in tl.static_range(1, WIDTH):
+                    dx += taps[k] * das[j - k]
+                i = j - (WIDTH - 1)
+                store_step(dx_ptr, stride_dxl, row, t, i, dx, mask, offs_d, seqlen, EVEN_L)
+    for k in tl.static_range(len(sums)):
+        total = tl.sum(sums[k], axis=0)[None, :]
+        tl.store(sums_ptr + offs_d * COLUMNS + k, total, mask=mask_d)
+
+
+@triton.jit(do_not_specialize=["batch", "seqlen", "count"])
 def _conv1d_silu_bwd_kernel(
-    dy_ptr, stride_dyb, stride_dyl,  # (batch, seqlen, dim)
-    x_ptr, stride_xb, stride_xl,  # (batch, seqlen, dim)
+    dy_ptr, stride_dyl: tl.constexpr,  # (batch, seqlen, dim)
+    x_ptr, stride_xl: tl.constexpr,  # (batch, seqlen, dim)
     weight_ptr,  # (dim, width)
     bias_ptr,  # (dim,) or None
-    dx_ptr, stride_dxb, stride_dxl,  # (batch, seqlen, dim)
-    dweight_ptr,  # (row blocks, width, dim)
-    dbias_ptr,  # (row blocks, dim)
-    batch, seqlen, dim: tl.constexpr,
-    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    dx_ptr, stride_dxl: tl.constexpr,  # (batch, seqlen, dim)
+    sums_ptr,  # (programs over rows, dim, width, and one more with a bias)
+    batch, seqlen, count, dim: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    STEPS: tl.constexpr, EVEN_L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    block, b, t, offs_d, mask, mask_d = _owned_tile(batch, seqlen, dim, BLOCK_L, BLOCK_D)
-    x = _load_shifted(x_ptr, stride_xb, stride_xl, b, t, mask, 0, offs_d, seqlen)
-    dx = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
-    for k in tl.static_range(WIDTH):
-        # Row s = t - k + left is the one that read x_t through weight_k
-        shift = (WIDTH - 1) // 2 - k
-        s = t + shift
-        da = _load_shifted(dy_ptr, stride_dyb, stride_dyl, b, t, mask, shift, offs_d, seqlen)
-        if ACTIVATION:
-            mask_s = mask & (s >= 0) & (s < seqlen)
-            da *= dev.dsilu(
-                conv_rows(
-                    x_ptr, stride_xb, stride_xl, weight_ptr, bias_ptr, b, s, mask_s, offs_d, mask_d,
-                    seqlen, WIDTH,
-                )
-            )  # fmt: skip
-        weight = tl.load(weight_ptr + offs_d * WIDTH + k, mask=mask_d, other=0.0).to(tl.float32)
-        dx += weight * da
-        dweight = tl.sum(da * x, axis=0)[None, :]
-        tl.store(dweight_ptr + (block * WIDTH + k) * dim + offs_d, dweight, mask=mask_d)
-        if shift == 0:
-            dbias = tl.sum(da, axis=0)[None, :]
-            tl.store(dbias_ptr + block * dim + offs_d, dbias, mask=mask_d)
-    dev.store(dx_ptr + b * stride_dxb + t * stride_dxl + offs_d, dx, mask)
+    pid = tl.program_id(0).to(tl.int64)
+    blocks_d = tl.cdiv(dim, BLOCK_D)
+    offs_d, mask_d = channels_of(pid % blocks_d, dim, BLOCK_D)
+    columns: tl.constexpr = WIDTH if bias_ptr is None else WIDTH + 1
+    convolve_bwd(
+        dy_ptr, stride_dyl, x_ptr, stride_xl, weight_ptr, bias_ptr, dx_ptr, stride_dxl,
+        sums_ptr + pid // blocks_d * dim * columns, pid // blocks_d * count, count, offs_d, mask_d,
+        batch, seqlen, WIDTH, ACTIVATION, columns, STEPS, EVEN_L, BLOCK_L, BLOCK_D,
+    )  # fmt: skip
 
 
-def conv1d_silu_fwd(x, weight, bias, activation, y=None):
-    """y; written into `y` where given, whose rows may be those of a wider buffer."""
+def rows_of(x):
+    """x (batch, seqlen, dim) as these kernels read it, adjacent channels and all rows at one
+    distance, also across batch entries; and that distance. Another layout costs a copy."""
     batch, seqlen, dim = x.shape
-    x = dev.channel_last(x)
-    y = x.new_empty(x.shape) if y is None else y
-    blocks = triton.cdiv(batch * seqlen, CONFIG["BLOCK_L"])
+    stride_b, stride_l, stride_d = x.stride()
+    # An axis of length 1 may have any stride
+    if seqlen == 1:
+        stride_l = stride_b
+    if stride_d == 1 and (batch == 1 or stride_b == seqlen * stride_l):
+        return x, stride_l
+    return x.clone(memory_format=torch.contiguous_format), dim
+
+
+def steps_of(seqlen):
+    """Rows of a run, and whether they divide the length."""
+    steps = next((n for n in STEPS if seqlen % n == 0), STEPS[-1])
+    return steps, seqlen % steps == 0
+
+
+@lru_cache(maxsize=1024)
+def launch_parameters(pass_, batch, seqlen, dim):
+    """Blocks of runs, blocks of channels, and the constants of a launch."""
+    steps, even = steps_of(seqlen)
+    config = {"STEPS": steps, "EVEN_L": even, "enable_fp_fusion": True, **CONFIGS[pass_]}
+    blocks = triton.cdiv(batch * triton.cdiv(seqlen, steps), config["BLOCK_L"])
+    return blocks, triton.cdiv(dim, config["BLOCK_D"]), config
+
+
+def share_out(blocks, blocks_d):
+    """Blocks of runs that one program of the backward pass takes, and programs over rows."""
+    count = max(1, triton.cdiv(blocks * blocks_d, PROGRAMS))
+    return count, triton.cdiv(blocks, count)
+
+
+def conv1d_silu_fwd(x, weight, bias, activation):
+    """y."""
+    batch, seqlen, dim = x.shape
+    x, stride_xl = rows_of(x)
+    y = x.new_empty(batch, seqlen, dim)
+    blocks, blocks_d, config = launch_parameters("fwd", batch, seqlen, dim)
     if batch:
         with torch.cuda.device_of(x):
-            _conv1d_silu_fwd_kernel[(blocks * triton.cdiv(dim, CONFIG["BLOCK_D"]),)](
-                x, x.stride(0), x.stride(1),
+            _conv1d_silu_fwd_kernel[(blocks * blocks_d,)](
+                x, stride_xl,
                 weight.contiguous(),
                 bias,
-                y, y.stride(0), y.stride(1),
-                batch, seqlen, dim,
-                weight.shape[-1], activation, **CONFIG,
+                y, dim,
+                batch, seqlen, dim, weight.shape[-1], activation, **config,
             )  # fmt: skip
     return y
 
 
-def conv1d_silu_bwd(dy, x, weight, bias, activation, dx=None):
-    """(dx, dweight, dbias), dbias None without a bias; dx written into `dx` where given."""
+def conv1d_silu_bwd(dy, x, weight, bias, activation):
+    """(dx, dweight, dbias), dbias None without a bias."""
     batch, seqlen, dim = x.shape
     width = weight.shape[-1]
-    dy, x = dev.channel_last(dy), dev.channel_last(x)
-    dx = x.new_empty(x.shape) if dx is None else dx
-    blocks = triton.cdiv(batch * seqlen, CONFIG["BLOCK_L"])
-    dweight = x.new_empty(blocks, width, dim, dtype=torch.float32)
-    dbias = x.new_empty(blocks, dim, dtype=torch.float32)
+    (dy, stride_dyl), (x, stride_xl) = rows_of(dy), rows_of(x)
+    dx = x.new_empty(batch, seqlen, dim)
+    blocks, blocks_d, config = launch_parameters("bwd", batch, seqlen, dim)
+    count, programs = share_out(blocks, blocks_d)
+    sums = x.new_empty(programs, dim, width + (bias is not None), dtype=torch.float32)
     if batch:
         with torch.cuda.device_of(x):
-            _conv1d_silu_bwd_kernel[(blocks * triton.cdiv(dim, CONFIG["BLOCK_D"]),)](
-                dy, dy.stride(0), dy.stride(1),
-                x, x.stride(0), x.stride(1),
+            _conv1d_silu_bwd_kernel[(programs * blocks_d,)](
+                dy, stride_dyl,
+                x, stride_xl,
                 weight.contiguous(),
                 bias,
-                dx, dx.stride(0), dx.stride(1),
-                dweight,
-                dbias,
-                batch, seqlen, dim,
-                width, activation, **CONFIG,
+                dx, dim,
+                sums,
+                batch, seqlen, count, dim, width, activation, **config,
             )  # fmt: skip
-    dweight = dweight.sum(0).t().reshape(weight.shape).to(weight.dtype)
-    return dx, dweight, None if bias is None else dbias.sum(0).to(bias.dtype)
+    sums = sums.sum(0)
+    dweight = sums[:, :width].reshape(weight.shape).to(weight.dtype)
+    return dx, dweight, None if bias is None else sums[:, width].to(bias.dtype)
 
 
 class Conv1dSilu(torch.autograd.Function):

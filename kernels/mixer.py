@@ -1,131 +1,325 @@
 """The middle of the MambaVision mixer, between in_proj and out_proj; forward and backward.
 
-    x, z = halves of xz                                    xz (batch, seqlen, 2 dim)
-    x    = silu(conv_x(x)),  z = silu(conv_z(z))           depthwise, 'same' padding
-    w    = x W_x^T = [dt_low, B, C]                        W_x (dt_rank + 2 dstate, dim)
+    x, z  = halves of xz                                   xz (batch, seqlen, 2 dim)
+    x     = silu(conv_x(x)),  z = silu(conv_z(z))          depthwise, 'same' padding
+    [dt_low, B, C] = x W_x^T                               W_x (dt_rank + 2 dstate, dim)
     delta = dt_low W_dt^T                                  W_dt (dim, dt_rank)
-    yz   = [selective_scan(x, delta, A, B, C, D), z]       with delta_bias, softplus
+    yz    = [selective_scan(x, delta, A, B, C, D), z]      with delta_bias, softplus
 
-Backward: xz, dt_low, [B, C] and the scan's states are saved, x and delta are recomputed. After the
-backward pass of the scan
+Backward: xz, dt_low and [B, C] are saved; x, delta and the scan's states are computed again. After
+the backward pass of the scan
 
     ddt_low = ddelta W_dt                                  dW_dt = ddelta^T dt_low
     dx   += dw W_x,  dw = [ddt_low, dB, dC]                dW_x = dw^T x
 
 and dx and dz go through the convolutions into the halves of dxz.
 
-Split: forward, three launches. The first reads xz once: a program owns BLOCK_L rows, convolves them
-channel block by channel block, accumulates x W_x^T in registers on the way (`tl.dot`), and writes x
-and z into the halves of yz, dt_low, and [B, C] in float32. Then one library matrix product for
-delta. Then the scan, which reads x out of yz and writes y over it. The matrix products of the
-backward pass are the library's, too.
+Launches, and what they move, in units of batch * seqlen * dim elements; tensors of dt_rank or
+dstate columns, weights and partial sums come on top:
+
+    forward   project    reads x and z of xz, 2       writes x and z of yz, delta, 3
+              scan       reads x of yz, delta, 2      writes y over x, 1
+    backward  project    reads x of xz, 1             writes x, delta, 2
+              scan       twice: for its states, and its backward pass
+              _project_bwd_kernel   reads ddelta, dx, 2          writes dx in place, 1
+              _convolve_bwd_kernel  reads x and z of xz, dx, dz, 4    writes dxz, 2
+
+Split: `project` takes whole rows, because W_x sums over channels. A program owns BLOCK_L runs of
+STEPS rows, convolves them channel block by channel block (see conv1d_silu.py), accumulates x W_x^T
+in registers on the way (`tl.dot`), and multiplies what it got by W_dt. z needs no other channel, so
+other programs of the same launch own blocks of z. `_project_bwd_kernel` takes whole rows, too. The
+weights' gradients are two library products over all rows.
 
 Source: arXiv 2407.08083, section 3. `delta_bias` is all that is added inside the softplus.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
-from torch.nn.functional import linear
 
 from . import _device as dev
-from .conv1d_silu import conv1d_silu_bwd, conv1d_silu_fwd, conv_rows, rows_of
+from .conv1d_silu import (
+    convolve,
+    convolve_bwd,
+    convolve_fwd,
+    launch_parameters,
+    load_run,
+    load_taps,
+    rows_of,
+    runs_of,
+    share_out,
+    steps_of,
+)
 from .selective_scan import selective_scan_bwd, selective_scan_fwd
 
-# Rows and channels at a time, and the most columns of w one program accumulates: more would spill.
-CONFIG = {
-    "BLOCK_L": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True
-}  # fmt: skip
-MAX_BLOCK_R = 128
+# Programs that take whole rows, by bytes per element: from so many rows on, and up to so many
+# columns of W_x, each of its two parts padded to a power of two: rows, and channels at a time. Tall
+# tiles read the weights less often, short ones occupy more multiprocessors. float32 has no tensor
+# cores here (TF32 is off), and its tiles are what registers hold.
+TILES = {
+    2: (
+        (16384, 256, {"BLOCK_L": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}),
+        (4096, 256, {"BLOCK_L": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}),
+        (0, 256, {"BLOCK_L": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 1}),
+        (0, 1024, {"BLOCK_L": 16, "BLOCK_D": 16, "num_warps": 8, "num_stages": 1}),
+    ),
+    4: (
+        (0, 80, {"BLOCK_L": 16, "BLOCK_D": 16, "num_warps": 4, "num_stages": 1}),
+        (0, 1024, {"BLOCK_L": 16, "BLOCK_D": 16, "num_warps": 8, "num_stages": 1}),
+    ),
+}
+
+
+@triton.jit
+def load_matrix(ptr, stride_r: tl.constexpr, stride_c: tl.constexpr, r, rows, c, columns):
+    """Elements r (..., 1) by c (1, ...) of a matrix, 0 outside."""
+    return tl.load(ptr + r * stride_r + c * stride_c, mask=(r < rows) & (c < columns), other=0.0)
+
+
+@triton.jit
+def load_neighbours(ptr, stride_l: tl.constexpr, row, t, mask, offs_d, seqlen, WIDTH: tl.constexpr):
+    """The WIDTH rows that a convolution reads for each of these rows."""
+    left: tl.constexpr = (WIDTH - 1) // 2
+    return load_run(
+        ptr, stride_l, row, t, mask, offs_d, seqlen, -left, WIDTH - 1 - left, 1, True
+    )
 
 
 @triton.jit(do_not_specialize=["batch", "seqlen"])
-def _conv_proj_kernel(
-    xz_ptr, stride_xzb, stride_xzl,  # (batch, seqlen, 2 dim)
+def _project_kernel(
+    xz_ptr, stride_xzl: tl.constexpr,  # (batch, seqlen, 2 dim)
     conv_x_weight_ptr,  # (dim, width)
-    conv_z_weight_ptr,  # (dim, width)
     conv_x_bias_ptr,  # (dim,) or None
+    conv_z_weight_ptr,  # (dim, width), or None: x alone
     conv_z_bias_ptr,  # (dim,) or None
     x_proj_weight_ptr,  # (dt_rank + 2 dstate, dim)
-    yz_ptr,  # (batch, seqlen, 2 dim), receives [x, z]
-    dt_low_ptr,  # (batch, seqlen, dt_rank)
-    BC_ptr,  # (batch, seqlen, 2 dstate)
-    batch, seqlen, dim: tl.constexpr, dt_rank: tl.constexpr,
-    dstate: tl.constexpr, WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    dt_proj_weight_ptr,  # (dim, dt_rank)
+    x_ptr, stride_xl: tl.constexpr,  # (batch, seqlen, dim), z goes behind each of its rows
+    delta_ptr,  # (batch, seqlen, dim)
+    dt_low_ptr, stride_dtl: tl.constexpr,  # (batch, seqlen, dt_rank) or None
+    BC_ptr,  # (batch, seqlen, 2 dstate) or None
+    batch, seqlen, dim: tl.constexpr, dt_rank: tl.constexpr, dstate: tl.constexpr,
+    WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr, Z_STEPS: tl.constexpr, Z_EVEN_L: tl.constexpr,
+    Z_BLOCK_L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    width = dt_rank + 2 * dstate
-    blocks_r = tl.cdiv(width, BLOCK_R)
-    offs_r = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-    b, t, mask_l = rows_of(pid // blocks_r, batch, seqlen, BLOCK_L)
-    row = b * seqlen + t
-    dtype = xz_ptr.dtype.element_ty
-    w = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
-    for d0 in range(0, dim, BLOCK_D):
-        offs_d = d0 + tl.arange(0, BLOCK_D)[None, :]
-        mask_d = offs_d < dim
-        mask = mask_l & mask_d
-        x = conv_rows(
-            xz_ptr, stride_xzb, stride_xzl, conv_x_weight_ptr, conv_x_bias_ptr,
-            b, t, mask, offs_d, mask_d, seqlen, WIDTH_X,
-        )  # fmt: skip
-        x = dev.silu(x).to(dtype)
-        offs_k = d0 + tl.arange(0, BLOCK_D)[:, None]
-        mask_W = (offs_k < dim) & (offs_r < width)
-        W = tl.load(x_proj_weight_ptr + offs_r * dim + offs_k, mask=mask_W, other=0.0).to(dtype)
-        # "ieee": Triton's default for float32 is TF32, three digits
-        w = tl.dot(x, W, w, input_precision="ieee")
-        # Where w takes several programs, each needs x, and one writes it
-        if pid % blocks_r == 0:
-            z = conv_rows(
-                xz_ptr + dim, stride_xzb, stride_xzl, conv_z_weight_ptr, conv_z_bias_ptr,
-                b, t, mask, offs_d, mask_d, seqlen, WIDTH_Z,
+    blocks = (tl.cast(batch, tl.int64) * seqlen + BLOCK_L - 1) // BLOCK_L
+    if pid < blocks:
+        dtype: tl.constexpr = xz_ptr.dtype.element_ty
+        row, t, mask_l = runs_of(pid, batch, seqlen, BLOCK_L, 1)
+        offs_d = tl.arange(0, BLOCK_D)[None, :]
+        offs_k = tl.arange(0, BLOCK_D)[:, None]
+        offs_r = tl.arange(0, BLOCK_R)[None, :]
+        offs_n = tl.arange(0, BLOCK_N)[None, :]
+        dt_low = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
+        BC = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
+        W_BC_ptr = x_proj_weight_ptr + dt_rank * dim
+        mask = mask_l & (offs_d < dim)
+        ahead = load_neighbours(xz_ptr, stride_xzl, row, t, mask, offs_d, seqlen, WIDTH_X)
+        for d in range(0, dim, BLOCK_D):
+            xs, mask_d = ahead, d + offs_d < dim
+            # The next block is on its way while this one is computed
+            mask = mask_l & (d + offs_d < dim - BLOCK_D)
+            ahead = load_neighbours(
+                xz_ptr + BLOCK_D + d, stride_xzl, row, t, mask, offs_d, seqlen, WIDTH_X
+            )
+            W_low = load_matrix(x_proj_weight_ptr, 1, dim, d + offs_k, dim, offs_r, dt_rank)
+            W_BC = load_matrix(W_BC_ptr, 1, dim, d + offs_k, dim, offs_n, 2 * dstate)
+            taps = load_taps(conv_x_weight_ptr, d + offs_d, mask_d, WIDTH_X)
+            bias = dev.load_vector(conv_x_bias_ptr, d + offs_d, mask_d)
+            x = dev.silu(convolve(xs, 0, taps, bias)).to(dtype)
+            tl.store(x_ptr + (row * stride_xl + offs_d) + d, x, mask=mask_l & mask_d)
+            # "ieee": Triton's default for float32 is TF32, three digits
+            dt_low = tl.dot(x, W_low.to(dtype), dt_low, input_precision="ieee")
+            BC = tl.dot(x, W_BC.to(dtype), BC, input_precision="ieee")
+        low = dt_low.to(dtype)
+        if dt_low_ptr is not None:
+            mask_r = mask_l & (offs_r < dt_rank)
+            tl.store(dt_low_ptr + (row * stride_dtl + offs_r), low, mask=mask_r)
+        if BC_ptr is not None:
+            mask_n = mask_l & (offs_n < 2 * dstate)
+            tl.store(BC_ptr + (row * (2 * dstate) + offs_n), BC, mask=mask_n)
+        offs_k = tl.arange(0, BLOCK_R)[:, None]
+        for d in range(0, dim, BLOCK_D):
+            W_dt = load_matrix(dt_proj_weight_ptr, 1, dt_rank, offs_k, dt_rank, d + offs_d, dim)
+            delta = tl.dot(low, W_dt.to(dtype), input_precision="ieee")
+            dev.store(delta_ptr + (row * dim + offs_d) + d, delta, mask_l & (d + offs_d < dim))
+    else:
+        if conv_z_weight_ptr is not None:
+            blocks_d = tl.cdiv(dim, BLOCK_D)
+            offs_z = (pid - blocks) % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+            convolve_fwd(
+                xz_ptr + dim, stride_xzl, conv_z_weight_ptr, conv_z_bias_ptr, x_ptr + dim,
+                stride_xl, (pid - blocks) // blocks_d, offs_z, offs_z < dim, batch, seqlen, WIDTH_Z,
+                True, Z_STEPS, Z_EVEN_L, Z_BLOCK_L,
             )  # fmt: skip
-            tl.store(yz_ptr + row * 2 * dim + offs_d, x, mask=mask)
-            dev.store(yz_ptr + row * 2 * dim + dim + offs_d, dev.silu(z), mask)
-    dev.store(dt_low_ptr + row * dt_rank + offs_r, w, mask_l & (offs_r < dt_rank))
-    offs_n = offs_r - dt_rank
-    mask_n = (offs_n >= 0) & (offs_n < 2 * dstate)
-    tl.store(BC_ptr + row * 2 * dstate + offs_n, w, mask=mask_l & mask_n)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _project_bwd_kernel(
+    ddelta_ptr,  # (rows, dim)
+    dB_ptr, stride_dBl: tl.constexpr,  # (rows, dstate)
+    dC_ptr, stride_dCl: tl.constexpr,  # (rows, dstate)
+    x_proj_weight_ptr,  # (dt_rank + 2 dstate, dim)
+    dt_proj_weight_ptr,  # (dim, dt_rank)
+    dx_ptr,  # (rows, dim), added to
+    dw_ptr, stride_dwl: tl.constexpr,  # (rows, dt_rank + 2 dstate)
+    rows, dim: tl.constexpr, dt_rank: tl.constexpr, dstate: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
+    mask_l = row < rows
+    dtype: tl.constexpr = dx_ptr.dtype.element_ty
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    offs_k = tl.arange(0, BLOCK_D)[:, None]
+    offs_r = tl.arange(0, BLOCK_R)[None, :]
+    offs_n = tl.arange(0, BLOCK_N)[None, :]
+    W_BC_ptr = x_proj_weight_ptr + dt_rank * dim
+    at = ddelta_ptr + (row * dim + offs_d)
+    ahead = tl.load(at, mask=mask_l & (offs_d < dim), other=0.0)
+    dt_low = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
+    for d in range(0, dim, BLOCK_D):
+        ddelta = ahead
+        ahead = tl.load(
+            at + d + BLOCK_D, mask=mask_l & (d + offs_d < dim - BLOCK_D), other=0.0
+        )
+        W_dt = load_matrix(dt_proj_weight_ptr, dt_rank, 1, d + offs_k, dim, offs_r, dt_rank)
+        dt_low = tl.dot(ddelta, W_dt.to(dtype), dt_low, input_precision="ieee")
+
+    at = dx_ptr + (row * dim + offs_d)
+    ahead = tl.load(at, mask=mask_l & (offs_d < dim), other=0.0)
+    mask_B, mask_C = offs_n < dstate, (offs_n >= dstate) & (offs_n < 2 * dstate)
+    dBC = tl.load(dB_ptr + (row * stride_dBl + offs_n), mask=mask_l & mask_B, other=0.0)
+    dBC += tl.load(dC_ptr + (row * stride_dCl + offs_n - dstate), mask=mask_l & mask_C, other=0.0)
+    dt_low, dBC = dt_low.to(dtype), dBC.to(dtype)
+    dw_ptr = dw_ptr + row * stride_dwl
+    tl.store(dw_ptr + offs_r, dt_low, mask=mask_l & (offs_r < dt_rank))
+    tl.store(dw_ptr + dt_rank + offs_n, dBC, mask=mask_l & (offs_n < 2 * dstate))
+    offs_r = tl.arange(0, BLOCK_R)[:, None]
+    offs_n = tl.arange(0, BLOCK_N)[:, None]
+    for d in range(0, dim, BLOCK_D):
+        dx = ahead.to(tl.float32)
+        ahead = tl.load(at + d + BLOCK_D, mask=mask_l & (d + offs_d < dim - BLOCK_D), other=0.0)
+        W_low = load_matrix(x_proj_weight_ptr, dim, 1, offs_r, dt_rank, d + offs_d, dim)
+        W_BC = load_matrix(W_BC_ptr, dim, 1, offs_n, 2 * dstate, d + offs_d, dim)
+        new = tl.dot(dt_low, W_low.to(dtype), input_precision="ieee")
+        dx += tl.dot(dBC, W_BC.to(dtype), new, input_precision="ieee")
+        dev.store(at + d, dx, mask_l & (d + offs_d < dim))
+
+
+@triton.jit(do_not_specialize=["batch", "seqlen", "count"])
+def _convolve_bwd_kernel(
+    dx_ptr,  # (batch, seqlen, dim)
+    dyz_ptr, stride_dyzl: tl.constexpr,  # (batch, seqlen, 2 dim), of which dz
+    xz_ptr, stride_xzl: tl.constexpr,  # (batch, seqlen, 2 dim)
+    conv_x_weight_ptr,  # (dim, width)
+    conv_x_bias_ptr,  # (dim,) or None
+    conv_z_weight_ptr,  # (dim, width)
+    conv_z_bias_ptr,  # (dim,) or None
+    dxz_ptr,  # (batch, seqlen, 2 dim)
+    sums_ptr,  # (programs over rows, 2, dim, COLUMNS)
+    batch, seqlen, count, dim: tl.constexpr, WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr,
+    COLUMNS: tl.constexpr, STEPS: tl.constexpr, EVEN_L: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    blocks_d = tl.cdiv(dim, BLOCK_D)
+    offs_d = pid % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    half = pid // blocks_d
+    first = half // 2 * count
+    sums_ptr += half * dim * COLUMNS
+    if half % 2 == 0:
+        convolve_bwd(
+            dx_ptr, dim, xz_ptr, stride_xzl, conv_x_weight_ptr, conv_x_bias_ptr,
+            dxz_ptr, 2 * dim, sums_ptr, first, count, offs_d, offs_d < dim,
+            batch, seqlen, WIDTH_X, True, COLUMNS, STEPS, EVEN_L, BLOCK_L, BLOCK_D,
+        )  # fmt: skip
+    else:
+        convolve_bwd(
+            dyz_ptr + dim, stride_dyzl, xz_ptr + dim, stride_xzl, conv_z_weight_ptr,
+            conv_z_bias_ptr, dxz_ptr + dim, 2 * dim, sums_ptr, first, count, offs_d, offs_d < dim,
+            batch, seqlen, WIDTH_Z, True, COLUMNS, STEPS, EVEN_L, BLOCK_L, BLOCK_D,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _tile(rows, itemsize, dt_rank, dstate):
+    """The constants of a program that takes whole rows."""
+    block_r, block_n = (max(16, triton.next_power_of_2(n)) for n in (dt_rank, 2 * dstate))
+    for least, columns, config in TILES[itemsize]:
+        if rows >= least and block_r + block_n <= columns:
+            return {"BLOCK_R": block_r, "BLOCK_N": block_n, "enable_fp_fusion": True, **config}
+    raise ValueError(f"mixer: the kernels take a dt_rank of at most 512, got {dt_rank}")
+
+
+@lru_cache(maxsize=1024)
+def _z_tile(batch, seqlen, dim, block_d):
+    """Programs over z beside those over rows, and their constants."""
+    steps, even = steps_of(seqlen)
+    block_l = 1024 // block_d
+    blocks = triton.cdiv(batch * triton.cdiv(seqlen, steps), block_l)
+    constants = {"Z_STEPS": steps, "Z_EVEN_L": even, "Z_BLOCK_L": block_l}
+    return blocks * triton.cdiv(dim, block_d), constants
+
+
+def _project(
+    xz, stride_xzl, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, dstate,
+    conv_x_bias, conv_z_bias, x, delta, dt_low, BC,
+):  # fmt: skip
+    """Writes x, and z behind it unless conv_z_weight is None, delta, and dt_low and BC if given."""
+    (batch, seqlen, _), (dim, dt_rank) = xz.shape, dt_proj_weight.shape
+    tile = _tile(batch * seqlen, xz.element_size(), dt_rank, dstate)
+    z_programs, z_tile = _z_tile(batch, seqlen, dim, tile["BLOCK_D"])
+    with_z = conv_z_weight is not None
+    programs = triton.cdiv(batch * seqlen, tile["BLOCK_L"]) + with_z * z_programs
+    _project_kernel[(programs,)](
+        xz, stride_xzl,
+        conv_x_weight.contiguous(),
+        conv_x_bias,
+        conv_z_weight.contiguous() if with_z else None,
+        conv_z_bias,
+        x_proj_weight.contiguous(),
+        dt_proj_weight.contiguous(),
+        x, x.stride(1),
+        delta,
+        dt_low, 0 if dt_low is None else dt_low.stride(1),
+        BC,
+        batch, seqlen, dim, dt_rank, dstate,
+        conv_x_weight.shape[-1], conv_z_weight.shape[-1] if with_z else 0, **z_tile, **tile,
+    )  # fmt: skip
 
 
 def mixer_fwd(
     xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias,
     conv_x_bias, conv_z_bias, save_states,
 ):  # fmt: skip
-    """(yz, dt_low, BC, states): the output, and what the backward pass keeps."""
-    batch, seqlen, dim = xz.shape[0], xz.shape[1], xz.shape[2] // 2
-    dstate, dt_rank = A.shape[1], dt_proj_weight.shape[1]
-    xz = dev.channel_last(xz)
+    """(yz, dt_low, BC, states): the output, and what the backward pass keeps; states is empty,
+    since the backward pass computes them again."""
+    (batch, seqlen, _), (dim, dt_rank), dstate = xz.shape, dt_proj_weight.shape, A.shape[1]
+    xz, stride_xzl = rows_of(xz)
     yz = xz.new_empty(batch, seqlen, 2 * dim)
+    delta = xz.new_empty(batch, seqlen, dim)
     dt_low = xz.new_empty(batch, seqlen, dt_rank)
     BC = xz.new_empty(batch, seqlen, 2 * dstate, dtype=torch.float32)
-    block_r = min(max(16, triton.next_power_of_2(dt_rank + 2 * dstate)), MAX_BLOCK_R)
-    blocks_r = triton.cdiv(dt_rank + 2 * dstate, block_r)
-    grid = (triton.cdiv(batch * seqlen, CONFIG["BLOCK_L"]) * blocks_r,)
     if batch:
         with torch.cuda.device_of(xz):
-            _conv_proj_kernel[grid](
-                xz, xz.stride(0), xz.stride(1),
-                conv_x_weight.contiguous(),
-                conv_z_weight.contiguous(),
-                conv_x_bias,
-                conv_z_bias,
-                x_proj_weight.contiguous(),
-                yz,
-                dt_low,
-                BC,
-                batch, seqlen, dim, dt_rank,
-                dstate, conv_x_weight.shape[-1], conv_z_weight.shape[-1], block_r, **CONFIG,
+            _project(
+                xz, stride_xzl, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, dstate,
+                conv_x_bias, conv_z_bias, yz, delta, dt_low, BC,
             )  # fmt: skip
-    with torch.autocast(xz.device.type, enabled=False):
-        delta = linear(dt_low, dt_proj_weight.to(xz.dtype))
-    x, (B, C) = yz[..., :dim], BC.chunk(2, dim=-1)
-    _, _, states = selective_scan_fwd(
-        x, delta, A, B, C, D, None, delta_bias, None, True, False, save_states, y=x
-    )
-    return yz, dt_low, BC, states
+    x = yz[..., :dim]
+    B, C = BC[..., :dstate], BC[..., dstate:]
+    selective_scan_fwd(x, delta, A, B, C, D, None, delta_bias, None, True, False, False, y=x)
+    return yz, dt_low, BC, BC.new_empty(0)
+
+
+def _aligned(x, rows, columns):
+    """An empty (rows, columns) of rows that begin at multiples of 16 bytes: for the library's
+    products, many times faster."""
+    return x.new_empty(rows, triton.cdiv(columns, 8) * 8)[:, :columns]
 
 
 def mixer_bwd(
@@ -134,46 +328,79 @@ def mixer_bwd(
 ):  # fmt: skip
     """(dxz, dconv_x_weight, dconv_z_weight, dx_proj_weight, ddt_proj_weight, dA, dD, ddelta_bias,
     dconv_x_bias, dconv_z_bias), None where an argument is."""
-    dim, dtype = xz.shape[2] // 2, xz.dtype
-    xz, dyz = dev.channel_last(xz), dev.channel_last(dyz)
-    W_x, W_dt = x_proj_weight.to(dtype), dt_proj_weight.to(dtype)
-    B, C = BC.chunk(2, dim=-1)
-    with torch.autocast(xz.device.type, enabled=False):
-        x = conv1d_silu_fwd(xz[..., :dim], conv_x_weight, conv_x_bias, True)
-        delta = linear(dt_low, W_dt)
-        dx, ddelta, dA, dB, dC, dD, _, ddelta_bias, _ = selective_scan_bwd(
-            dyz[..., :dim], None, x, delta, A, B, C, D, None, delta_bias, None, states, True, False
-        )
-        ddt_proj_weight = ddelta.flatten(0, 1).t() @ dt_low.flatten(0, 1)
-        dw = torch.cat([ddelta @ W_dt, dB.to(dtype), dC.to(dtype)], dim=-1).flatten(0, 1)
-        dx_proj_weight = dw.t() @ x.flatten(0, 1)
-        dx = torch.addmm(dx.flatten(0, 1), dw, W_x).view(x.shape)
-    dxz = xz.new_empty(xz.shape)
-    _, dconv_x_weight, dconv_x_bias = conv1d_silu_bwd(
-        dx, xz[..., :dim], conv_x_weight, conv_x_bias, True, dx=dxz[..., :dim]
+    (batch, seqlen, _), (dim, dt_rank), dstate = xz.shape, dt_proj_weight.shape, A.shape[1]
+    rows, widths = batch * seqlen, (conv_x_weight.shape[-1], conv_z_weight.shape[-1])
+    (xz, stride_xzl), (dyz, stride_dyzl) = rows_of(xz), rows_of(dyz)
+    x, delta = xz.new_empty(batch, seqlen, dim), xz.new_empty(batch, seqlen, dim)
+    low = None if dt_rank % 8 == 0 else _aligned(xz, rows, dt_rank)
+    if batch:
+        with torch.cuda.device_of(xz):
+            _project(
+                xz, stride_xzl, conv_x_weight, None, x_proj_weight, dt_proj_weight, dstate,
+                conv_x_bias, None, x, delta, None if low is None else low[None], None,
+            )  # fmt: skip
+    scanned = (x, delta, A, BC[..., :dstate], BC[..., dstate:], D, None, delta_bias, None)
+    _, _, states = selective_scan_fwd(*scanned, True, False, True)
+    dx, ddelta, dA, dB, dC, dD, _, ddelta_bias, _ = selective_scan_bwd(
+        dyz[..., :dim], None, *scanned, states, True, False
     )
-    _, dconv_z_weight, dconv_z_bias = conv1d_silu_bwd(
-        dyz[..., dim:], xz[..., dim:], conv_z_weight, conv_z_bias, True, dx=dxz[..., dim:]
-    )
+    (dB, stride_dBl), (dC, stride_dCl) = rows_of(dB), rows_of(dC)
+    dw = _aligned(xz, rows, dt_rank + 2 * dstate)
+    dxz = xz.new_empty(batch, seqlen, 2 * dim)
+    blocks, blocks_d, config = launch_parameters("bwd", batch, seqlen, dim)
+    count, programs = share_out(blocks, 2 * blocks_d)
+    bias = conv_x_bias is not None or conv_z_bias is not None
+    sums = dxz.new_empty(programs, 2, dim, max(widths) + bias, dtype=torch.float32)
+    if batch:
+        with torch.cuda.device_of(xz):
+            tile = _tile(rows, xz.element_size(), dt_rank, dstate)
+            _project_bwd_kernel[(triton.cdiv(rows, tile["BLOCK_L"]),)](
+                ddelta,
+                dB, stride_dBl,
+                dC, stride_dCl,
+                x_proj_weight.contiguous(),
+                dt_proj_weight.contiguous(),
+                dx,
+                dw, dw.stride(0),
+                rows, dim, dt_rank, dstate, **tile,
+            )  # fmt: skip
+            _convolve_bwd_kernel[(programs * 2 * blocks_d,)](
+                dx,
+                dyz, stride_dyzl,
+                xz, stride_xzl,
+                conv_x_weight.contiguous(),
+                conv_x_bias,
+                conv_z_weight.contiguous(),
+                conv_z_bias,
+                dxz,
+                sums,
+                batch, seqlen, count, dim, *widths, sums.shape[-1], **config,
+            )  # fmt: skip
+    # Autocast casts the arguments of products, except those with an `out`
+    dx_proj_weight = torch.mm(dw.t(), x.view(rows, dim), out=x.new_empty(x_proj_weight.shape))
+    low = dt_low.view(rows, dt_rank) if low is None else low
+    ddt_proj_weight = x.new_empty(dt_proj_weight.shape)
+    torch.mm(ddelta.view(rows, dim).t(), low, out=ddt_proj_weight)
+    sums_x, sums_z = sums.sum(0)
     return (
         dxz,
-        dconv_x_weight,
-        dconv_z_weight,
+        sums_x[:, : widths[0]].reshape(conv_x_weight.shape).to(conv_x_weight.dtype),
+        sums_z[:, : widths[1]].reshape(conv_z_weight.shape).to(conv_z_weight.dtype),
         dx_proj_weight.to(x_proj_weight.dtype),
         ddt_proj_weight.to(dt_proj_weight.dtype),
         dA,
         dD,
         ddelta_bias,
-        dconv_x_bias,
-        dconv_z_bias,
+        None if conv_x_bias is None else sums_x[:, widths[0]].to(conv_x_bias.dtype),
+        None if conv_z_bias is None else sums_z[:, widths[1]].to(conv_z_bias.dtype),
     )
 
 
 class Mixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        yz, dt_low, BC, states = mixer_fwd(*inputs, any(ctx.needs_input_grad))
-        ctx.save_for_backward(*inputs, dt_low, BC, states)
+        yz, *kept = mixer_fwd(*inputs, any(ctx.needs_input_grad))
+        ctx.save_for_backward(*inputs, *kept)
         return yz
 
     @staticmethod

@@ -120,35 +120,67 @@ FAULTS = [
     ),
     Fault(
         "halo off by one at even widths", CONV,
-        "shift = k - (WIDTH - 1) // 2", "shift = k - WIDTH // 2",
+        "    left: tl.constexpr = (WIDTH - 1) // 2\n    row, t",
+        "    left: tl.constexpr = WIDTH // 2\n    row, t",
         "conv1d_silu.py::test_against_the_reference[single-width-4]", "out",
     ),
     Fault(
         "halo of the backward pass mirrored", CONV,
-        "shift = (WIDTH - 1) // 2 - k", "shift = -((WIDTH - 1) // 2 - k)",
+        "dx += taps[k] * das[j - k]", "dx += taps[WIDTH - 1 - k] * das[j - k]",
         "conv1d_silu.py::test_against_the_reference[single-width-3]", "dx",
     ),
     Fault(
         "halo reaches into the next sequence", CONV,
-        "mask = mask & (s >= 0) & (s < seqlen)", "mask = mask & (s >= 0)",
+        "mask_i = mask & (t + i < seqlen)", "mask_i = mask",
         "conv1d_silu.py::test_against_the_reference[single-width-3]", "out",
     ),
     Fault(
-        "dbias from the wrong tap", CONV, "if shift == 0:", "if k == 0:",
+        "halo reaches into the sequence before", CONV,
+        "mask_i = mask & (t + i >= 0)", "mask_i = mask",
+        "conv1d_silu.py::test_against_the_reference[single-width-3]", "out",
+    ),
+    Fault(
+        "runs of a block not shared out over sequences", CONV,
+        "block // runs * BLOCK_L + run // runs", "block // runs * BLOCK_L",
+        "conv1d_silu.py::test_against_the_reference[single-blocks-span-sequences]", "out",
+    ),
+    Fault(
+        "dweight of rows that another run owns", CONV,
+        "if j >= right and j < right + STEPS:", "if j >= right:",
+        "conv1d_silu.py::test_against_the_reference[single-blocks-span-sequences]", "dweight",
+    ),
+    Fault(
+        "dbias without the activation", CONV, "(sums[WIDTH] + da,)",
+        "(sums[WIDTH] + dys[j].to(tl.float32),)",
         "conv1d_silu.py::test_against_the_reference[single-width-3]", "dbias",
     ),
     Fault(
-        "z convolved from x", MIXER, "xz_ptr + dim, stride_xzb", "xz_ptr + 0, stride_xzb",
+        "z convolved from x", MIXER,
+        "xz_ptr + dim, stride_xzl, conv_z_weight_ptr, conv_z_bias_ptr,",
+        "xz_ptr, stride_xzl, conv_z_weight_ptr, conv_z_bias_ptr,",
         "mixer.py::test_float32[published]", "out",
     ),
     Fault(
-        "B and C shifted in x_proj", MIXER,
-        "offs_n = offs_r - dt_rank", "offs_n = (offs_r - dt_rank + dstate) % (2 * dstate)",
+        "B and C swapped in x_proj", MIXER,
+        "B, C = BC[..., :dstate], BC[..., dstate:]", "C, B = BC[..., :dstate], BC[..., dstate:]",
         "mixer.py::test_float32[published]", "out",
+    ),
+    Fault(
+        "block of channels loaded ahead of itself", MIXER,
+        "xz_ptr + BLOCK_D + d, stride_xzl", "xz_ptr + 2 * BLOCK_D + d, stride_xzl",
+        "mixer.py::test_float32[two-sequences]", "out",
     ),
     Fault(
         "x_proj missing from dx", MIXER,
-        "dx = torch.addmm(dx.flatten(0, 1), dw, W_x).view(x.shape)", "dx = dx.view(x.shape)",
+        "new = tl.dot(dt_low, W_low.to(dtype)", "new = 0.0 * tl.dot(dt_low, W_low.to(dtype)",
+        "mixer.py::test_float32[published]", "dxz",
+    ),
+    Fault(
+        "dC missing from dw", MIXER, "dBC += tl.load(dC_ptr", "dBC += 0.0 * tl.load(dC_ptr",
+        "mixer.py::test_float32[published]", "dxz",
+    ),
+    Fault(
+        "dy taken for dz", MIXER, "dyz_ptr + dim, stride_dyzl", "dyz_ptr, stride_dyzl",
         "mixer.py::test_float32[published]", "dxz",
     ),
 ]  # fmt: skip

@@ -1,5 +1,7 @@
 """kernels/conv1d_silu.py against the reference: values and every gradient, by name."""
 
+import sys
+
 import pytest
 import torch
 from cases import (
@@ -37,6 +39,25 @@ def check(case, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", (torch.float32, HALF, BRAIN), ids=("single", "half", "brain"))
 def test_against_the_reference(case, dtype):
     check(case, dtype)
+
+
+def test_programs_of_several_blocks(monkeypatch):
+    """One program over all rows, and behind their end."""
+    monkeypatch.setattr(sys.modules["mambavision.kernels.conv1d_silu"], "PROGRAMS", 1)
+    check(ConvCase("", batch=5, seqlen=33, dim=9))
+
+
+@pytest.mark.parametrize("batch,seqlen", ((1, 5), (3, 1)))
+def test_any_stride_where_an_axis_has_length_1(batch, seqlen):
+    """Such tensors count as contiguous, whatever that stride."""
+    tensors = conv_inputs(ConvCase("", batch=batch, seqlen=seqlen), device=DEVICE)
+    x, dim = tensors.pop("x"), 9
+    strides = (77 if batch == 1 else dim, 77 if seqlen == 1 else dim, 1)
+    odd = torch.full((400,), torch.nan, device=DEVICE).as_strided(x.shape, strides).copy_(x)
+    assert odd.is_contiguous() and odd.stride() == strides
+    for name, found in results(kernels.conv1d_silu, {"x": odd, **tensors}, x).items():
+        wanted = results(kernels.conv1d_silu, {"x": x, **tensors}, x)[name]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, msg=name)
 
 
 def test_weight_may_be_that_of_a_conv1d():

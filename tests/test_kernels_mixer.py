@@ -1,5 +1,8 @@
 """kernels/mixer.py against the reference: values, every gradient by name, and what is kept."""
 
+import inspect
+import sys
+
 import pytest
 import torch
 from cases import (
@@ -15,6 +18,10 @@ from cases import (
 )  # fmt: skip
 
 kernels = pytest.importorskip("mambavision.kernels", reason="needs Triton")
+
+# The functions of these names hide the modules
+module = sys.modules["mambavision.kernels.mixer"]
+scan = sys.modules["mambavision.kernels.selective_scan"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -43,23 +50,103 @@ def test_16_bit(case, dtype):
     check(case, dtype)
 
 
+ALL_TILES = [
+    pytest.param({2: HALF, 4: torch.float32}[size], columns, config, id=f"{size}-{i}")
+    for size, tiles in module.TILES.items()
+    for i, (_, columns, config) in enumerate(tiles)
+]
+
+
+@pytest.mark.parametrize("dtype,columns,config", ALL_TILES)
+def test_every_tile(dtype, columns, config, monkeypatch):
+    """Two blocks of rows, the second begins inside a sequence and ends behind the last one; two
+    blocks of channels."""
+    monkeypatch.setitem(module.TILES, dtype.itemsize, ((0, columns, config),))
+    module._tile.cache_clear()
+    try:
+        batch, dim = config["BLOCK_L"] // 3 + 1, config["BLOCK_D"] + 8
+        check(MixerCase("", batch=batch, seqlen=3, dim=dim, dstate=2), dtype)
+    finally:
+        module._tile.cache_clear()
+
+
+def test_too_large_a_dt_rank_is_named():
+    tensors = mixer_inputs(MixerCase("", seqlen=2, dim=4, dt_rank=513), device=DEVICE)
+    with pytest.raises(ValueError, match="dt_rank of at most 512, got 513"):
+        kernels.mixer(**tensors)
+
+
 @pytest.mark.slow
 def test_196_steps():
     check(MixerCase("", seqlen=196, dim=8, dstate=2))
 
 
 def test_keeps_xz_and_small_tensors_only():
-    """Saved for the backward pass: the arguments, dt_low, [B C] and states, and nothing else."""
+    """Saved for the backward pass: the arguments, dt_low, [B C], and nothing else."""
     case = MIXERS[1]
     tensors = {k: x.requires_grad_() for k, x in mixer_inputs(case, device=DEVICE).items()}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
         kernels.mixer(**tensors)
     own = {x.data_ptr() for x in tensors.values()}
-    kept = sorted(tuple(x.shape) for x in saved if x.data_ptr() not in own)
-    b, n, d = case.batch, case.seqlen, case.dim
-    states = kernels.states_shape(b, n, d, case.dstate)
-    assert kept == sorted([(b, n, case.dt_rank), (b, n, 2 * case.dstate), states])
+    kept = sorted(tuple(x.shape) for x in saved if x.numel() and x.data_ptr() not in own)
+    b, n = case.batch, case.seqlen
+    assert kept == [(b, n, case.dt_rank), (b, n, 2 * case.dstate)]
+
+
+class Recorder:
+    """In a kernel's place, notes the tensors of a launch, by name, and launches nothing."""
+
+    def __init__(self, kernel, launches):
+        self.names = list(inspect.signature(kernel.fn).parameters)
+        self.launch = (kernel.fn.__name__.strip("_"), launches)
+
+    def __getitem__(self, grid):
+        def run(*args, **kwargs):
+            values = dict(zip(self.names, args, strict=False)) | kwargs
+            name, launches = self.launch
+            tensors = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
+            launches.append((name, tensors))
+
+        return run
+
+
+def test_launches_and_the_bytes_they_move(monkeypatch):
+    """Three launches forward, and backward four and the scan again for its states. No tensor of a
+    sequence is an argument twice, except x, over which the scan writes y."""
+    launches = []
+    for owner in (module, scan):
+        for name, value in list(vars(owner).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(owner, name, Recorder(value, launches))
+    case = MixerCase("", batch=2, seqlen=49, dim=160, dt_rank=20)
+    tensors = {k: x.requires_grad_() for k, x in mixer_inputs(case, HALF, DEVICE).items()}
+    y = kernels.mixer(**tensors)
+    forward = len(launches)
+    y.backward(torch.ones_like(y))
+
+    unit = case.batch * case.seqlen * case.dim
+
+    def units(arguments):
+        sizes = {name.removesuffix("_ptr"): x.numel() / unit for name, x in arguments.items()}
+        return {name: size for name, size in sizes.items() if size >= 1}
+
+    names = [name for name, _ in launches]
+    assert names[:forward] == ["project_kernel", "scan_fwd_kernel"]
+    assert names[forward:] == [
+        "project_kernel", "scan_fwd_kernel", "scan_bwd_kernel", "project_bwd_kernel",
+        "convolve_bwd_kernel",
+    ]  # fmt: skip
+    moved = {name: units(arguments) for name, arguments in launches}
+    assert units(launches[0][1]) == {"xz": 2, "x": 2, "delta": 1}
+    # Of xz the half of x alone
+    assert moved["project_kernel"] == {"xz": 2, "x": 1, "delta": 1}
+    assert moved["project_bwd_kernel"] == {"ddelta": 1, "dx": 1}
+    assert moved["convolve_bwd_kernel"] == {"dx": 1, "dyz": 2, "xz": 2, "dxz": 2}
+    for name, arguments in launches:
+        large = [x.data_ptr() for x in arguments.values() if x.numel() >= unit]
+        twice = len(large) - len(set(large))
+        assert twice == (name == "scan_fwd_kernel" and launches[1][1] is arguments), name
 
 
 def test_double_backward_raises():
