@@ -1,11 +1,11 @@
-"""Device helpers shared by the kernels: activations, and the tuples of registers a scan works on.
+"""What the kernels share: activations, the tuples of registers a scan works on, the launch.
 
 Activations take and return float32. Everything goes through exp2, one instruction on every target,
 and one polynomial; there is no libdevice call, so CUDA, HIP and the interpreter run the same
 arithmetic.
 
-A state register holds one state of each channel, (BLOCK_D,), or with BLOCK_N > 1 that many side by
-side over lanes, (BLOCK_D, BLOCK_N). The dstate states of a channel are a tuple of such registers.
+A state register is a tile (BLOCK_D, BLOCK_N), BLOCK_N states of each channel; the dstate states of
+a channel are a tuple of them.
 """
 
 from functools import wraps
@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# The one instruction that Triton has no portable name for, and only a hint
+PREFETCH = not (torch.version.hip or triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -61,90 +63,85 @@ def softplus(x):
 
 
 @triton.jit
+def dsoftplus(x, softplus_x):
+    """d softplus / dx = sigmoid(x) = exp(x - softplus(x)), without a division."""
+    return tl.exp2((x - softplus_x) * LOG2E)
+
+
+@triton.jit
 def store(ptr, value, mask):
     tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_vector(ptr, offs_d, mask_d):
+def load_vector(ptr, offs_d):
     """(BLOCK_D,) of a (dim,) tensor, 0 where there is none."""
     if ptr is None:
         return tl.zeros(offs_d.shape, tl.float32)
     else:
-        return tl.load(ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        return tl.load(ptr + offs_d).to(tl.float32)
 
 
 @triton.jit
-def rows_from(t0, seqlen, STEPS: tl.constexpr, REVERSE: tl.constexpr):
-    """Where logical steps t0 .. t0 + STEPS - 1 lie: with REVERSE the sequence is walked from its
-    end, without a flipped copy."""
-    rows = ()
-    for i in tl.static_range(STEPS):
-        if REVERSE:
-            rows = rows + (tl.cast(seqlen - 1 - t0, tl.int64) - i,)
-        else:
-            rows = rows + (tl.cast(t0, tl.int64) + i,)
-    return rows
+def prefetch(ptrs):
+    """Asks for the lines of 32 addresses, one a lane, and waits for none."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.u32 $0, 0;",
+        "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
-def masks_from(t0, seqlen, STEPS: tl.constexpr, EVEN_L: tl.constexpr):
-    """Which of these steps lie inside the sequence."""
-    masks = ()
-    for i in tl.static_range(STEPS):
-        if EVEN_L:
-            masks = masks + (tl.full((), True, tl.int1),)
-        else:
-            masks = masks + (tl.cast(t0, tl.int32) + i < seqlen,)
-    return masks
+def load_states(ptr, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The dstate values of each channel of a (dim, dstate) tensor, a tuple of state registers."""
+    return to_float32(load_alike(ptr + offs_d[:, None] * dstate, offs_d, dstate, BLOCK_N))
 
 
 @triton.jit
-def load_rows(ptr, stride_l: tl.constexpr, rows, masks, offs_d, mask_d):
-    """These rows of a (seqlen, dim) tensor as a tuple of (BLOCK_D,), 0 behind the end."""
-    values = ()
-    for i in tl.static_range(len(rows)):
-        value = tl.load(ptr + rows[i] * stride_l + offs_d, mask=mask_d & masks[i], other=0.0)
-        values = values + (value.to(tl.float32),)
-    return values
-
-
-@triton.jit
-def store_rows(ptr, stride_l: tl.constexpr, values, rows, masks, offs_d, mask_d):
-    for i in tl.static_range(len(rows)):
-        store(ptr + rows[i] * stride_l + offs_d, values[i], mask_d & masks[i])
-
-
-@triton.jit
-def load_states(
-    ptr, offs_d, mask_d, stride_d, stride_n, dstate: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """The dstate values of each channel, a tuple of state registers."""
+def load_alike(ptr, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dstate values from ptr on, a tuple of state registers in memory's dtype. For a row of B or C
+    every lane reads one address, up to 16 bytes at a time, and no value travels between lanes."""
     values = ()
     for r in tl.static_range((dstate + BLOCK_N - 1) // BLOCK_N):
-        if BLOCK_N == 1:
-            value = tl.load(ptr + offs_d * stride_d + r * stride_n, mask=mask_d, other=0.0)
+        offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        at = ptr + offs_n + offs_d[:, None] * 0
+        if dstate % BLOCK_N == 0:
+            values = values + (tl.load(at),)
         else:
-            offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)
-            offs = offs_d[:, None] * stride_d + offs_n[None, :] * stride_n
-            mask = mask_d[:, None] & (offs_n < dstate)[None, :]
-            value = tl.load(ptr + offs, mask=mask, other=0.0)
-        values = values + (value.to(tl.float32),)
+            values = values + (tl.load(at, mask=offs_n < dstate, other=0.0),)
     return values
 
 
 @triton.jit
-def store_states(
-    ptr, values, offs_d, mask_d, stride_d, stride_n, dstate: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def to_float32(values):
+    wide = ()
     for r in tl.static_range(len(values)):
-        if BLOCK_N == 1:
-            tl.store(ptr + offs_d * stride_d + r * stride_n, values[r], mask=mask_d)
-        else:
-            offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)
-            offs = offs_d[:, None] * stride_d + offs_n[None, :] * stride_n
-            mask = mask_d[:, None] & (offs_n < dstate)[None, :]
-            tl.store(ptr + offs, values[r], mask=mask)
+        wide = wide + (values[r].to(tl.float32),)
+    return wide
+
+
+@triton.jit
+def store_states(ptr, values, offs_d, mask_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    for r in tl.static_range(len(values)):
+        offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        mask = mask_d[:, None] & (offs_n < dstate)
+        tl.store(ptr + offs_d[:, None] * dstate + offs_n, values[r], mask=mask)
+
+
+@triton.jit
+def dot_states(a, b):
+    """<a, b> over the states of each channel, (BLOCK_D,)."""
+    products = a[0] * b[0]
+    if a[0].shape[0] == 32:
+        # A lane holds whole channels: a chain of fused multiply-adds
+        dot = tl.sum(products, axis=1)
+        for r in tl.static_range(1, len(a)):
+            dot += tl.sum(a[r] * b[r], axis=1)
+        return dot
+    else:
+        for r in tl.static_range(1, len(a)):
+            products += a[r] * b[r]
+        return tl.sum(products, axis=1)
 
 
 @triton.jit
@@ -156,108 +153,129 @@ def zeros(like):
 
 
 @triton.jit
-def load_first(ptr, b, like, offs_d, mask_d, dim, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+def load_first(ptr, b, like, offs_d, dim, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
     """Entry b of a (batch, dim, dstate) tensor, or zeros where there is none."""
     if ptr is None:
         return zeros(like)
     else:
-        return load_states(ptr + b * dim * dstate, offs_d, mask_d, dstate, 1, dstate, BLOCK_N)
+        return load_states(ptr + b * dim * dstate, offs_d, dstate, BLOCK_N)
 
 
 @triton.jit
-def load_row(ptr, mask, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
-    """B or C of one step, shared by the channels: scalars, or (1, BLOCK_N) for wide registers."""
-    values = ()
-    for r in tl.static_range((dstate + BLOCK_N - 1) // BLOCK_N):
-        if BLOCK_N == 1:
-            value = tl.load(ptr + r, mask=mask, other=0.0)
-        else:
-            offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)
-            value = tl.load(ptr + offs_n, mask=(offs_n < dstate) & mask, other=0.0)[None, :]
-        values = values + (value.to(tl.float32),)
-    return values
+def add_product(sums, values, factor):
+    grown = ()
+    for r in tl.static_range(len(sums)):
+        grown = grown + (sums[r] + values[r] * factor,)
+    return grown
 
 
 @triton.jit
-def over_states(x, BLOCK_N: tl.constexpr):
-    """(BLOCK_D,) as it meets a state register: itself, or a column before a wide one."""
+def _across(x, BIT: tl.constexpr):
+    """What the lane across BIT holds of a (32,) tensor."""
+    return tl.gather(x, tl.arange(0, 32) ^ BIT, 0)
+
+
+@triton.jit
+def _columns(tile, BLOCK_N: tl.constexpr):
+    """The columns of a (BLOCK_D, BLOCK_N) state register, BLOCK_N 1, 2 or 4."""
+    BLOCK_D: tl.constexpr = tile.shape[0]
     if BLOCK_N == 1:
-        return x
+        return (tl.reshape(tile, (BLOCK_D,)),)
+    elif BLOCK_N == 2:
+        return tl.split(tile)
     else:
-        return x[:, None]
+        even, odd = tl.split(tl.reshape(tile, (BLOCK_D, 2, 2)))
+        c0, c2 = tl.split(even)
+        c1, c3 = tl.split(odd)
+        return c0, c1, c2, c3
 
 
 @triton.jit
-def sum_states(x, BLOCK_N: tl.constexpr):
-    """Sum over the states of one register, (BLOCK_D,)."""
-    if BLOCK_N == 1:
-        return x
-    else:
-        return tl.sum(x, axis=1)
-
-
-@triton.jit
-def add(a, b):
+def halve(a, x, b, y, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first of five steps of summing a x and b y over the channels of a warp, a and b dstate
+    values of each channel, x and y (32,): the lower lanes go on with a x, the upper ones with b y.
+    """
+    upper = tl.arange(0, 32) >= 16
+    kept, sent = tl.where(upper, y, x), tl.where(upper, x, y)
     values = ()
     for r in tl.static_range(len(a)):
-        values = values + (a[r] + b[r],)
+        a_r, b_r = _columns(a[r], BLOCK_N), _columns(b[r], BLOCK_N)
+        for n in tl.static_range(BLOCK_N):
+            if r * BLOCK_N + n < triton.next_power_of_2(dstate):
+                received = _across(tl.where(upper, a_r[n], b_r[n]) * sent, 16)
+                values = values + (tl.where(upper, b_r[n], a_r[n]) * kept + received,)
+    for _ in tl.static_range(triton.next_power_of_2(dstate) - len(a) * BLOCK_N):
+        values = values + (tl.zeros_like(x),)
     return values
 
 
 @triton.jit
-def _exchange(a, b, lanes, BIT: tl.constexpr):
-    """Adds up a in lanes without BIT and b in lanes with it, each with the lane across BIT."""
-    upper = (lanes & BIT) != 0
-    return tl.where(upper, b, a) + tl.gather(tl.where(upper, a, b), lanes ^ BIT, 0)
+def store_sums_of_step(
+    ptr, a, x, b, y, mask, dstate: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Sums over channels of a x and, behind them, of b y, where states lie over lanes."""
+    for r in tl.static_range(len(a)):
+        n = r * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = (n < dstate) & mask
+        tl.store(ptr + n, tl.sum(a[r] * x[:, None], axis=0), mask=mask_n)
+        tl.store(ptr + dstate + n, tl.sum(b[r] * y[:, None], axis=0), mask=mask_n)
 
 
 @triton.jit
-def _sum_channels(values, V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Sums over channels of V (BLOCK_D,) tensors at once, V a power of two up to 32: (32,), of
-    which element l belongs to value l V / 32.
-
-    One by one, each sum takes 5 exchanges between lanes. Here one exchange serves two values, of
-    which each half of the lanes then carries one: 16 exchanges for 16 values instead of 80.
-    """
+def store_sums(ptr, stride: tl.constexpr, values, steps, STEPS: tl.constexpr, dstate: tl.constexpr):
+    """The other four: sums over each half of the lanes of what `halve` left of STEPS steps, all at
+    once. Rows begin at ptr, a stride apart; those from `steps` on are not stored."""
     lanes = tl.arange(0, 32)
-    for s in tl.static_range(3):
-        if BLOCK_D >> s > 32:
-            folded = ()
-            for r in tl.static_range(V):
-                a, b = tl.split(tl.reshape(values[r], (BLOCK_D >> (s + 1), 2)))
-                folded = folded + (a + b,)
-            values = folded
-    for s in tl.static_range(5):
-        if V >> s > 1:
+    for s in tl.static_range(4):
+        if len(values) > 1:
+            upper = (lanes & (8 >> s)) != 0
             halved = ()
-            for r in tl.static_range(V >> (s + 1)):
-                pair = _exchange(values[r], values[r + (V >> (s + 1))], lanes, 16 >> s)
-                halved = halved + (pair,)
+            for r in tl.static_range(len(values) // 2):
+                low, high = values[r], values[r + len(values) // 2]
+                received = _across(tl.where(upper, low, high), 8 >> s)
+                halved = halved + (tl.where(upper, high, low) + received,)
             values = halved
         else:
-            values = (values[0] + tl.gather(values[0], lanes ^ (16 >> s), 0),)
-    return values[0]
+            values = (values[0] + _across(values[0], 8 >> s),)
+    V: tl.constexpr = triton.next_power_of_2(dstate)
+    for r in tl.static_range(len(values)):
+        # Of STEPS V values, lane l of a half holds those from l STEPS V / 16 on
+        index = lanes % 16 * (STEPS * V) // 16 + r
+        step, n = index // V, index % V
+        mask = (lanes % 16 * (STEPS * V) % 16 == 0) & (n < dstate) & (step < steps)
+        tl.store(ptr + step * stride + lanes // 16 * dstate + n, values[r], mask=mask)
 
 
-@triton.jit
-def store_channel_sums(
-    ptr, values, mask, dstate: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Sums over channels of one or two tuples of dstate states, one row behind the other."""
-    if BLOCK_N == 1:
-        count: tl.constexpr = len(values)
-        V: tl.constexpr = triton.next_power_of_2(count)
-        for _ in tl.static_range(V - count):
-            values = values + (tl.zeros_like(values[0]),)
-        offs = tl.arange(0, 32) * V
-        first = (offs % 32 == 0) & (offs // 32 < count)
-        tl.store(ptr + offs // 32, _sum_channels(values, V, BLOCK_D), mask=first & mask)
-    else:
-        R: tl.constexpr = (dstate + BLOCK_N - 1) // BLOCK_N
-        for r in tl.static_range(len(values)):
-            offs_n = r % R * BLOCK_N + tl.arange(0, BLOCK_N)
-            sums = tl.sum(values[r], axis=0)
-            tl.store(ptr + r // R * dstate + offs_n, sums, mask=(offs_n < dstate) & mask)
+_compiled = {}
+
+
+def launch(kernel, grid, args, options):
+    """Runs a kernel on the device of its first argument.
+
+    Triton inspects every argument of every call to find the machine code for it, several times the
+    work of the launch itself. Here that code is looked up by what it depends on: types, alignment,
+    numbers. Where there is none to keep, as in the interpreter, each call takes Triton's own way.
+    """
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, args, options)
+    known = _compiled.get(kernel)
+    if known is not None:
+        key = _key(device, args, options)
+        if (found := known.get(key)) is not None:
+            found[(*grid, 1, 1)](*args)
+            return
+    found = kernel[grid](*args, **options)
+    if found is not None:
+        _compiled.setdefault(kernel, {})[_key(device, args, options)] = found
+
+
+def _key(device, args, options):
+    key = [
+        (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor) else x for x in args
+    ]
+    return device.index, *key, *options.values()
 
 
 def channel_last(x):

@@ -18,17 +18,26 @@ Shapes: u, delta, z, y (batch, seqlen, dim); A (dim, dstate); B, C (batch, seqle
 (batch, seqlen, groups, dstate), or constant over time (dim, dstate); D, delta_bias (dim,); states
 (batch, dim, dstate). Any float dtype up to float32 in, float32 inside.
 
-Split: one program owns one batch entry and BLOCK_D channels of one group and walks the sequence,
-STEPS time steps per iteration: the loads of all steps first, so that they are in flight together,
-then the arithmetic, then the stores, because a store in between pins the loads behind it. A state
-is a register of its own (BLOCK_N = 1), so that a forward step exchanges nothing between lanes;
-above dstate 16 a register holds BLOCK_N states, side by side over lanes. In training the forward
-pass keeps the state before every chunk of STEPS steps (`states`); the backward pass re-runs a
-chunk in registers and sweeps it in reverse. Sums over programs have two stages, partials and one
-torch sum, hence the same bits in every run.
+Split: one warp owns one batch entry and BLOCK_D channels of one group, and walks the sequence. A
+state register is a tile (BLOCK_D, BLOCK_N), BLOCK_N states of every channel, and the dstate states
+are a tuple of them. Where BLOCK_D = 32 a lane owns a channel with all its states, so a forward step
+exchanges nothing between lanes; B_t and C_t are the same address for every lane, 16 bytes at a
+time. Above dstate 16, and for a few channels only, states lie side by side over lanes.
+
+Time is what memory takes: a step's rows are used once, far from any cache. So the loop runs STEPS
+steps per iteration, and each step, once done, loads the same step of the next iteration into the
+registers that it has just left: a whole iteration's arithmetic hides the latency. On an H200 at
+(128, 196, 160) the forward pass waited five sixths of its time without this.
+
+In training the forward pass keeps the state before every STEPS steps (`states`); the backward pass
+re-runs these steps in registers and sweeps them in reverse. Sums over programs have two stages,
+partials and one torch sum, hence the same bits in every run.
 
 Source: Gu and Dao, arXiv 2312.00752, section 3; the gradients follow from the equations above.
 """
+
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -39,71 +48,144 @@ from ._device import LOG2E
 
 MAX_DSTATE = 64
 
-# By the largest dstate served. One warp per program: a channel's work is sequential, more warps
-# help only by number. STEPS is what registers hold without spilling: in "bwd", p of a chunk and
-# the gradients; in "fwd", where nothing is kept, the loads in flight. `make static-report` counts.
-CONFIGS = {
-    8: {
-        "fwd": {"STEPS": 8, "BLOCK_D": 64, "BLOCK_N": 1},
-        "bwd": {"STEPS": 4, "BLOCK_D": 32, "BLOCK_N": 1},
-    },
-    16: {
-        "fwd": {"STEPS": 8, "BLOCK_D": 64, "BLOCK_N": 1},
-        "bwd": {"STEPS": 2, "BLOCK_D": 32, "BLOCK_N": 1},
-    },
-    64: {
-        "fwd": {"STEPS": 2, "BLOCK_D": 16, "BLOCK_N": 16},
-        "bwd": {"STEPS": 2, "BLOCK_D": 4, "BLOCK_N": 16},
-    },
-}
-# Fusing a * b + c is a quarter of the arithmetic, and Triton releases differ in their default.
+
+class Config(NamedTuple):
+    """Launch parameters for up to `dstate` states and `channels` = batch * dim."""
+
+    dstate: int
+    channels: float
+    STEPS: int
+    BLOCK_D: int
+    BLOCK_N: int
+    why: str
+
+
+ANY = float("inf")
+# The first that serves a call. `make static-report` counts registers, spills and instructions.
+FORWARD = (
+    Config(8, 8192, 8, 4, 8, "few warps: 8 lanes a channel make 8 times as many, H200 28 % faster"),
+    Config(8, ANY, 8, 32, 4, "72 slots a step; the loads of 8 steps in flight"),
+    Config(16, ANY, 4, 32, 4, "twice the registers per step, so half the steps"),
+    Config(64, ANY, 2, 8, 16, "64 states fit no lane; 4 lanes a channel hold them"),
+)
+BACKWARD = (
+    Config(8, ANY, 4, 32, 4, "216 slots a step; 7 steps take 16 s to compile"),
+    Config(16, ANY, 2, 32, 4, "twice the registers per step, so half the steps"),
+    Config(64, ANY, 2, 4, 16, "64 states fit no lane; 8 lanes a channel hold them"),
+)
+# One warp per program: a channel's work is sequential, more warps help only by number. Fusing
+# a * b + c is a quarter of the arithmetic, and Triton releases differ in their default. Left alone,
+# NVIDIA's assembler saves registers for warps that are not there and runs a step's chain of
+# instructions one by one: on an H200 the backward pass is a quarter slower.
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+if not torch.version.hip:
+    OPTIONS["maxnreg"] = 255
 
 
-def _steps(pass_, seqlen, dstate):
-    # 7 divides 14 x 14 and 7 x 7 windows: no masks
-    if seqlen % 7 == 0 and dstate <= 8:
-        return 7
-    return next(c[pass_]["STEPS"] for largest, c in CONFIGS.items() if dstate <= largest)
+def _config(table, channels, dstate):
+    return next(c for c in table if dstate <= c.dstate and channels <= c.channels)
 
 
-def _launch_parameters(pass_, steps, seqlen, group_dim, dstate):
-    config = dict(next(c[pass_] for largest, c in CONFIGS.items() if dstate <= largest))
-    # A block of which more than an eighth is mask costs more than two narrow ones
-    if config["BLOCK_D"] == 64 and triton.cdiv(group_dim, 64) * 64 * 7 > group_dim * 8:
-        config["BLOCK_D"] = 32
-    even = {"EVEN_L": seqlen % steps == 0, "EVEN_D": group_dim % config["BLOCK_D"] == 0}
-    return {**config, "STEPS": steps, **even, **OPTIONS}
+@cache
+def _forward_constants(batch, seqlen, dim, groups, dstate, save_states):
+    """STEPS, BLOCK_D, BLOCK_N, EVEN_L, EVEN_D, PREFETCH of a launch."""
+    config = _config(FORWARD, ANY if save_states else batch * dim, dstate)
+    steps = config.STEPS
+    if save_states:
+        steps = _config(BACKWARD, ANY, dstate).STEPS
+    elif steps == 8 and seqlen % 7 == 0:
+        steps = 7  # divides 14 x 14 and 7 x 7 windows: no masks
+    return _constants(config, steps, seqlen, dim // groups, dstate)
+
+
+@cache
+def _backward_constants(seqlen, dim, groups, dstate):
+    config = _config(BACKWARD, ANY, dstate)
+    return _constants(config, config.STEPS, seqlen, dim // groups, dstate)
+
+
+def _constants(config, steps, seqlen, group_dim, dstate):
+    block_n = min(config.BLOCK_N, triton.next_power_of_2(dstate))
+    even = seqlen % steps == 0, group_dim % config.BLOCK_D == 0
+    return steps, config.BLOCK_D, block_n, *even, dev.PREFETCH
 
 
 @triton.jit
 def _owned_channels(dim, group_dim, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
-    """Batch entry, channel block, group, channels and their mask. Everything lies on grid axis 0,
-    and the program id is 64 bits wide before it meets a stride: neither 65,535 batch entries nor
-    2^31 elements are a limit."""
+    """Batch entry, channel block, group, channels and which of them are this program's. Everything
+    lies on grid axis 0, and the program id is 64 bits wide before it meets a stride: neither 65,535
+    batch entries nor 2^31 elements are a limit. Lanes without a channel read their group's last."""
     pid = tl.program_id(0).to(tl.int64)
     blocks_per_group = tl.cdiv(group_dim, BLOCK_D)
     blocks = (dim // group_dim) * blocks_per_group
     block = pid % blocks
     group = block // blocks_per_group
     offs_in_group = (block % blocks_per_group) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if EVEN_D:
-        mask_d = tl.full((BLOCK_D,), True, tl.int1)
-    else:
+    mask_d = tl.full((BLOCK_D,), True, tl.int1)
+    if not EVEN_D:
         mask_d = offs_in_group < group_dim
+        offs_in_group = tl.minimum(offs_in_group, group_dim - 1)
     return pid // blocks, block, group, group * group_dim + offs_in_group, mask_d
 
 
 @triton.jit
-def _step_size(x, in_seq, DELTA_SOFTPLUS: tl.constexpr):
-    """dt of x = delta + delta_bias; 0 behind the end, where the state then passes unchanged."""
+def _row(t, seqlen, REVERSE: tl.constexpr):
+    """Where step t lies, 64 bits wide: with REVERSE the sequence is walked from its end, without a
+    flipped copy."""
+    row = tl.cast(t, tl.int64)
+    if REVERSE:
+        row = seqlen - 1 - row
+    return row
+
+
+@triton.jit
+def _behind(i: tl.constexpr, t0, seqlen, EVEN_L: tl.constexpr, REVERSE: tl.constexpr):
+    """Rows from step t0 to step t0 + i, at most to the last step: a constant in full chunks."""
+    if EVEN_L:
+        rows = i
+    else:
+        rows = tl.minimum(i, seqlen - 1 - t0)
+    if REVERSE:
+        return -rows
+    else:
+        return rows
+
+
+@triton.jit
+def _step_size(
+    delta, delta_bias, t, seqlen, DELTA_SOFTPLUS: tl.constexpr, EVEN_L: tl.constexpr
+):
+    """dt of step t; 0 behind the end, where the state then passes unchanged."""
+    dt = delta + delta_bias
     if DELTA_SOFTPLUS:
-        x = dev.softplus(x)
-    return tl.where(in_seq, x, 0.0)
+        dt = dev.softplus(dt)
+    if not EVEN_L:
+        dt = tl.where(t < seqlen, dt, 0.0)
+    return dt
+
+
+@triton.jit
+def _load_row(ptr, stride_l: tl.constexpr, first, rest, offs_d):
+    """Row first + rest of a (seqlen, dim) tensor, as memory holds it."""
+    return tl.load(ptr + first * stride_l + offs_d + rest * stride_l)
+
+
+@triton.jit
+def _rows_from(t0, seqlen, STEPS: tl.constexpr, REVERSE: tl.constexpr):
+    """A row for each lane, STEPS of them from step t0 on, none outside the sequence."""
+    t = t0 + tl.arange(0, 32) % STEPS
+    return _row(tl.minimum(tl.maximum(t, 0), seqlen - 1), seqlen, REVERSE)
+
+
+@triton.jit
+def _channels_ahead(offs_d, STEPS: tl.constexpr):
+    """A channel for each lane, so that with `_rows_from` each row is touched every 16 bytes."""
+    spread = tl.arange(0, 32) // STEPS * 8 % offs_d.shape[0]
+    return tl.minimum(tl.min(offs_d, axis=0) + spread, tl.max(offs_d, axis=0))
 
 
 # Not compiled anew for each: sizes, and strides that no wide load follows
-GENERIC = ["batch", "seqlen", "stride_Bb", "stride_Bg", "stride_Cb", "stride_Cg"]
+GENERIC = ["batch", "seqlen", "stride_ub", "stride_deltab", "stride_zb", "stride_yb", "stride_dyb"]
 
 
 @triton.jit(do_not_specialize=GENERIC)
@@ -111,72 +193,114 @@ def _scan_fwd_kernel(
     u_ptr, stride_ub, stride_ul: tl.constexpr,  # (batch, seqlen, dim)
     delta_ptr, stride_deltab, stride_deltal: tl.constexpr,  # (batch, seqlen, dim)
     A_ptr,  # (dim, dstate)
-    B_ptr, stride_Bb, stride_Bl: tl.constexpr, stride_Bg,  # (batch, seqlen, groups, dstate)
-    C_ptr, stride_Cb, stride_Cl: tl.constexpr, stride_Cg,  # or constant, as A
+    B_ptr, stride_Bl: tl.constexpr, stride_Bg: tl.constexpr,  # (batch, seqlen, groups, dstate)
+    C_ptr, stride_Cl: tl.constexpr, stride_Cg: tl.constexpr,  # or constant, as A
     D_ptr,  # (dim,) or None
     z_ptr, stride_zb, stride_zl: tl.constexpr,  # (batch, seqlen, dim) or None
     delta_bias_ptr,  # (dim,) or None
     initial_state_ptr,  # (batch, dim, dstate) or None
     y_ptr, stride_yb, stride_yl: tl.constexpr,  # (batch, seqlen, dim)
     last_state_ptr,  # (batch, dim, dstate)
-    states_ptr,  # (batch, chunks, dstate, dim) or None
+    states_ptr,  # (batch, chunks, dim, dstate) or None
     seqlen, dim: tl.constexpr, group_dim: tl.constexpr,
     dstate: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
     DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN_L: tl.constexpr, EVEN_D: tl.constexpr,
+    EVEN_L: tl.constexpr, EVEN_D: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     b, _, group, offs_d, mask_d = _owned_channels(dim, group_dim, BLOCK_D, EVEN_D)
     u_ptr += b * stride_ub
     delta_ptr += b * stride_deltab
-    B_ptr += b * stride_Bb + group * stride_Bg
-    C_ptr += b * stride_Cb + group * stride_Cg
-    A = dev.load_states(A_ptr, offs_d, mask_d, dstate, 1, dstate, BLOCK_N)
+    y_ptr += b * stride_yb
+    if z_ptr is not None:
+        z_ptr += b * stride_zb
+    A = dev.load_states(A_ptr, offs_d, dstate, BLOCK_N)
     if CONST_B:
-        B = dev.load_states(B_ptr, offs_d, mask_d, dstate, 1, dstate, BLOCK_N)
+        B_t = dev.load_states(B_ptr, offs_d, dstate, BLOCK_N)
+    else:
+        B_ptr += b * seqlen * stride_Bl + group * stride_Bg
     if CONST_C:
-        C = dev.load_states(C_ptr, offs_d, mask_d, dstate, 1, dstate, BLOCK_N)
-    D = dev.load_vector(D_ptr, offs_d, mask_d)
-    delta_bias = dev.load_vector(delta_bias_ptr, offs_d, mask_d)
-    h = dev.load_first(initial_state_ptr, b, A, offs_d, mask_d, dim, dstate, BLOCK_N)
+        C_t = dev.load_states(C_ptr, offs_d, dstate, BLOCK_N)
+    else:
+        C_ptr += b * seqlen * stride_Cl + group * stride_Cg
+    D = dev.load_vector(D_ptr, offs_d)
+    delta_bias = dev.load_vector(delta_bias_ptr, offs_d)
+    h = dev.load_first(initial_state_ptr, b, A, offs_d, dim, dstate, BLOCK_N)
 
-    for t0 in range(0, seqlen, STEPS):
-        rows = dev.rows_from(t0, seqlen, STEPS, REVERSE)
-        masks = dev.masks_from(t0, seqlen, STEPS, EVEN_L)
-        us = dev.load_rows(u_ptr, stride_ul, rows, masks, offs_d, mask_d)
-        deltas = dev.load_rows(delta_ptr, stride_deltal, rows, masks, offs_d, mask_d)
+    ahead_d = _channels_ahead(offs_d, STEPS)
+    us, deltas, zs, Bs, Cs = (), (), (), (), ()
+    first = _row(0, seqlen, REVERSE)
+    for i in tl.static_range(STEPS):
+        row = first + _behind(i, 0, seqlen, EVEN_L, REVERSE)
+        us = us + (tl.load(u_ptr + row * stride_ul + offs_d),)
+        deltas = deltas + (tl.load(delta_ptr + row * stride_deltal + offs_d),)
         if z_ptr is not None:
-            zs = dev.load_rows(z_ptr + b * stride_zb, stride_zl, rows, masks, offs_d, mask_d)
+            zs = zs + (tl.load(z_ptr + row * stride_zl + offs_d),)
+        if not CONST_B:
+            Bs = Bs + (dev.load_alike(B_ptr + row * stride_Bl, offs_d, dstate, BLOCK_N),)
+        if not CONST_C:
+            Cs = Cs + (dev.load_alike(C_ptr + row * stride_Cl, offs_d, dstate, BLOCK_N),)
+    for t0 in range(0, seqlen, STEPS):
         if states_ptr is not None:
             chunk = b * tl.cdiv(seqlen, STEPS) + t0 // STEPS
-            at = states_ptr + chunk * dstate * dim
-            dev.store_states(at, h, offs_d, mask_d, 1, dim, dstate, BLOCK_N)
-        ys = ()
+            at = states_ptr + chunk * dim * dstate
+            dev.store_states(at, h, offs_d, mask_d, dstate, BLOCK_N)
+        if PREFETCH:
+            rows = _rows_from(t0 + 2 * STEPS, seqlen, STEPS, REVERSE)
+            dev.prefetch(u_ptr + rows * stride_ul + ahead_d)
+            dev.prefetch(delta_ptr + rows * stride_deltal + ahead_d)
+            if z_ptr is not None:
+                dev.prefetch(z_ptr + rows * stride_zl + ahead_d)
+            if not CONST_B:
+                dev.prefetch(B_ptr + rows * stride_Bl)
+            if not CONST_C:
+                dev.prefetch(C_ptr + rows * stride_Cl)
+        # The last iteration loads rows of its own again
+        t1 = tl.minimum(t0 + STEPS, seqlen - (STEPS if EVEN_L else 1))
+        first = _row(t1, seqlen, REVERSE)
+        us_next, deltas_next, zs_next, Bs_next, Cs_next, ys = (), (), (), (), (), ()
         for i in tl.static_range(STEPS):
-            if CONST_B:
-                B_t = B
-            else:
-                B_t = dev.load_row(B_ptr + rows[i] * stride_Bl, masks[i], dstate, BLOCK_N)
-            if CONST_C:
-                C_t = C
-            else:
-                C_t = dev.load_row(C_ptr + rows[i] * stride_Cl, masks[i], dstate, BLOCK_N)
-            dt = _step_size(deltas[i] + delta_bias, masks[i], DELTA_SOFTPLUS)
-            dtu = dev.over_states(dt * us[i], BLOCK_N)
-            dt = dev.over_states(dt * LOG2E, BLOCK_N)
-            h_next, y = (), 0.0
+            u = us[i].to(tl.float32)
+            delta = deltas[i].to(tl.float32)
+            dt = _step_size(delta, delta_bias, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
+            dtu, dt = (dt * u)[:, None], (dt * LOG2E)[:, None]
+            if not CONST_B:
+                B_t = dev.to_float32(Bs[i])
+            if not CONST_C:
+                C_t = dev.to_float32(Cs[i])
+            h_next = ()
             for r in tl.static_range(len(A)):
                 h_next = h_next + (tl.exp2(dt * A[r]) * h[r] + dtu * B_t[r],)
-                y += h_next[r] * C_t[r]
             h = h_next
-            y = dev.sum_states(y, BLOCK_N) + D * us[i]
+            y = dev.dot_states(h, C_t) + D * u
             if z_ptr is not None:
-                y *= dev.silu(zs[i])
+                y *= dev.silu(zs[i].to(tl.float32))
             ys = ys + (y,)
-        dev.store_rows(y_ptr + b * stride_yb, stride_yl, ys, rows, masks, offs_d, mask_d)
+            # The same step of the next iteration, into registers that are free from here on
+            rest = _behind(i, t1, seqlen, EVEN_L, REVERSE)
+            us_next = us_next + (_load_row(u_ptr, stride_ul, first, rest, offs_d),)
+            delta = _load_row(delta_ptr, stride_deltal, first, rest, offs_d)
+            deltas_next = deltas_next + (delta,)
+            if z_ptr is not None:
+                zs_next = zs_next + (_load_row(z_ptr, stride_zl, first, rest, offs_d),)
+            if not CONST_B:
+                at = B_ptr + first * stride_Bl + rest * stride_Bl
+                Bs_next = Bs_next + (dev.load_alike(at, offs_d, dstate, BLOCK_N),)
+            if not CONST_C:
+                at = C_ptr + first * stride_Cl + rest * stride_Cl
+                Cs_next = Cs_next + (dev.load_alike(at, offs_d, dstate, BLOCK_N),)
+        us, deltas, zs, Bs, Cs = us_next, deltas_next, zs_next, Bs_next, Cs_next
+        # At the end, so that no store stands between the loads
+        first = _row(t0, seqlen, REVERSE)
+        for i in tl.static_range(STEPS):
+            mask = mask_d
+            if not EVEN_L:
+                mask = mask & (t0 + i < seqlen)
+            rest = _behind(i, t0, seqlen, True, REVERSE)
+            dev.store(y_ptr + first * stride_yl + offs_d + rest * stride_yl, ys[i], mask)
 
     last_state_ptr += b * dim * dstate
-    dev.store_states(last_state_ptr, h, offs_d, mask_d, dstate, 1, dstate, BLOCK_N)
+    dev.store_states(last_state_ptr, h, offs_d, mask_d, dstate, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=GENERIC)
@@ -186,164 +310,208 @@ def _scan_bwd_kernel(
     u_ptr, stride_ub, stride_ul: tl.constexpr,  # (batch, seqlen, dim)
     delta_ptr, stride_deltab, stride_deltal: tl.constexpr,  # (batch, seqlen, dim)
     A_ptr,  # (dim, dstate)
-    B_ptr, stride_Bb, stride_Bl: tl.constexpr, stride_Bg,  # (batch, seqlen, groups, dstate)
-    C_ptr, stride_Cb, stride_Cl: tl.constexpr, stride_Cg,  # or constant, as A
+    B_ptr, stride_Bl: tl.constexpr, stride_Bg: tl.constexpr,  # (batch, seqlen, groups, dstate)
+    C_ptr, stride_Cl: tl.constexpr, stride_Cg: tl.constexpr,  # or constant, as A
     D_ptr,  # (dim,) or None
     z_ptr, stride_zb, stride_zl: tl.constexpr,  # (batch, seqlen, dim) or None
     delta_bias_ptr,  # (dim,) or None
-    states_ptr,  # (batch, chunks, dstate, dim)
+    states_ptr,  # (batch, chunks, dim, dstate)
     du_ptr,  # (batch, seqlen, dim)
     ddelta_ptr,  # (batch, seqlen, dim)
-    dA_ptr,  # (batch, dstate, dim)
-    dBC_ptr, stride_dBCl: tl.constexpr,  # (blocks, batch, seqlen, what of dB, dC is not constant)
-    dB_ptr,  # (batch, dstate, dim) for constant B, else None
-    dC_ptr,  # (batch, dstate, dim) for constant C, else None
-    dD_ptr,  # (batch, dim)
+    partial_ptr,  # (batch, dim dstate + 2 dim): dA, dD, ddelta_bias
+    dBC_ptr,  # (blocks, batch, seqlen, 2 dstate), None where B and C are constant
+    dB_ptr,  # (batch, dim, dstate) for constant B, else None
+    dC_ptr,  # (batch, dim, dstate) for constant C, else None
     dz_ptr,  # (batch, seqlen, dim) or None
-    ddelta_bias_ptr,  # (batch, dim)
     dinitial_state_ptr,  # (batch, dim, dstate) or None
     batch, seqlen, dim: tl.constexpr, group_dim: tl.constexpr,
     dstate: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
     DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN_L: tl.constexpr, EVEN_D: tl.constexpr,
+    EVEN_L: tl.constexpr, EVEN_D: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     b, block, group, offs_d, mask_d = _owned_channels(dim, group_dim, BLOCK_D, EVEN_D)
+    chunks = tl.cdiv(seqlen, STEPS)
     dy_ptr += b * stride_dyb
     du_ptr += b * seqlen * dim
     ddelta_ptr += b * seqlen * dim
-    dBC_ptr += (block * batch + b) * seqlen * stride_dBCl
-    states_ptr += b * tl.cdiv(seqlen, STEPS) * dstate * dim
+    if dBC_ptr is not None:
+        dBC_ptr += (block * batch + b) * seqlen * 2 * dstate
+    states_ptr += b * chunks * dim * dstate
     u_ptr += b * stride_ub
     delta_ptr += b * stride_deltab
-    B_ptr += b * stride_Bb + group * stride_Bg
-    C_ptr += b * stride_Cb + group * stride_Cg
-    A = dev.load_states(A_ptr, offs_d, mask_d, dstate, 1, dstate, BLOCK_N)
+    if z_ptr is not None:
+        z_ptr += b * stride_zb
+        dz_ptr += b * seqlen * dim
+    A = dev.load_states(A_ptr, offs_d, dstate, BLOCK_N)
     if CONST_B:
-        B = dev.load_states(B_ptr, offs_d, mask_d, dstate, 1, dstate, BLOCK_N)
+        B_t = dev.load_states(B_ptr, offs_d, dstate, BLOCK_N)
+    else:
+        B_ptr += b * seqlen * stride_Bl + group * stride_Bg
     if CONST_C:
-        C = dev.load_states(C_ptr, offs_d, mask_d, dstate, 1, dstate, BLOCK_N)
-    D = dev.load_vector(D_ptr, offs_d, mask_d)
-    delta_bias = dev.load_vector(delta_bias_ptr, offs_d, mask_d)
+        C_t = dev.load_states(C_ptr, offs_d, dstate, BLOCK_N)
+    else:
+        C_ptr += b * seqlen * stride_Cl + group * stride_Cg
+    D = dev.load_vector(D_ptr, offs_d)
+    delta_bias = dev.load_vector(delta_bias_ptr, offs_d)
     # Above step t, g is what the later steps leave of dL/dh_t: exp(dt_{t+1} A) g_{t+1}
-    g = dev.load_first(dlast_state_ptr, b, A, offs_d, mask_d, dim, dstate, BLOCK_N)
+    g = dev.load_first(dlast_state_ptr, b, A, offs_d, dim, dstate, BLOCK_N)
     dA, dB_sum, dC_sum = dev.zeros(A), dev.zeros(A), dev.zeros(A)
     dD, ddelta_bias = tl.zeros_like(D), tl.zeros_like(D)
 
-    chunks = tl.cdiv(seqlen, STEPS)
+    ahead_d = _channels_ahead(offs_d, STEPS)
     for k in range(chunks):
         t0 = (chunks - 1 - k) * STEPS
-        rows = dev.rows_from(t0, seqlen, STEPS, REVERSE)
-        masks = dev.masks_from(t0, seqlen, STEPS, EVEN_L)
-        us = dev.load_rows(u_ptr, stride_ul, rows, masks, offs_d, mask_d)
-        deltas = dev.load_rows(delta_ptr, stride_deltal, rows, masks, offs_d, mask_d)
-        dys = dev.load_rows(dy_ptr, stride_dyl, rows, masks, offs_d, mask_d)
-        if z_ptr is not None:
-            zs = dev.load_rows(z_ptr + b * stride_zb, stride_zl, rows, masks, offs_d, mask_d)
-        at = states_ptr + tl.cast(chunks - 1 - k, tl.int64) * dstate * dim
-        h = dev.load_states(at, offs_d, mask_d, 1, dim, dstate, BLOCK_N)
+        at = states_ptr + tl.cast(chunks - 1 - k, tl.int64) * dim * dstate
+        h = dev.load_states(at, offs_d, dstate, BLOCK_N)
+        first = _row(t0, seqlen, REVERSE)
+        if PREFETCH:
+            rows = _rows_from(t0 - 2 * STEPS, seqlen, STEPS, REVERSE)
+            dev.prefetch(u_ptr + rows * stride_ul + ahead_d)
+            dev.prefetch(delta_ptr + rows * stride_deltal + ahead_d)
+            dev.prefetch(dy_ptr + rows * stride_dyl + ahead_d)
+            if z_ptr is not None:
+                dev.prefetch(z_ptr + rows * stride_zl + ahead_d)
+            if not CONST_B:
+                dev.prefetch(B_ptr + rows * stride_Bl)
+            if not CONST_C:
+                dev.prefetch(C_ptr + rows * stride_Cl)
+            before = tl.cast(tl.maximum(chunks - 3 - k, 0), tl.int64)
+            dev.prefetch(states_ptr + before * dim * dstate + offs_d * dstate)
+        us, deltas, zs, dys = (), (), (), ()
+        for i in tl.static_range(STEPS):
+            rest = _behind(i, t0, seqlen, EVEN_L, REVERSE)
+            u = _load_row(u_ptr, stride_ul, first, rest, offs_d)
+            us = us + (u.to(tl.float32),)
+            delta = _load_row(delta_ptr, stride_deltal, first, rest, offs_d)
+            deltas = deltas + (delta.to(tl.float32),)
+            dy = _load_row(dy_ptr, stride_dyl, first, rest, offs_d)
+            dys = dys + (dy.to(tl.float32),)
+            if z_ptr is not None:
+                z = _load_row(z_ptr, stride_zl, first, rest, offs_d)
+                zs = zs + (z.to(tl.float32),)
 
         # Forward again: dt_t and p_t of the chunk
         dts, ps = (), ()
         for i in tl.static_range(STEPS):
-            if CONST_B:
-                B_t = B
-            else:
-                B_t = dev.load_row(B_ptr + rows[i] * stride_Bl, masks[i], dstate, BLOCK_N)
-            dts = dts + (_step_size(deltas[i] + delta_bias, masks[i], DELTA_SOFTPLUS),)
-            dtu = dev.over_states(dts[i] * us[i], BLOCK_N)
-            dt = dev.over_states(dts[i] * LOG2E, BLOCK_N)
-            p, h_next = (), ()
+            dt = _step_size(deltas[i], delta_bias, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
+            dts = dts + (dt,)
+            dtu, dt = (dt * us[i])[:, None], (dt * LOG2E)[:, None]
+            if not CONST_B:
+                rest = _behind(i, t0, seqlen, EVEN_L, REVERSE)
+                at = B_ptr + first * stride_Bl + rest * stride_Bl
+                B_t = dev.to_float32(dev.load_alike(at, offs_d, dstate, BLOCK_N))
+            p, h_next_t = (), ()
             for r in tl.static_range(len(A)):
                 p = p + (tl.exp2(dt * A[r]) * h[r],)
-                h_next = h_next + (p[r] + dtu * B_t[r],)
-            h = h_next
+                h_next_t = h_next_t + (p[r] + dtu * B_t[r],)
+            h = h_next_t
             ps = ps + (p,)
 
+        sums, dus, ddeltas, dzs = (), (), (), ()
         for i in tl.static_range(STEPS - 1, -1, -1):
-            if CONST_B:
-                B_t = B
-            else:
-                B_t = dev.load_row(B_ptr + rows[i] * stride_Bl, masks[i], dstate, BLOCK_N)
-            if CONST_C:
-                C_t = C
-            else:
-                C_t = dev.load_row(C_ptr + rows[i] * stride_Cl, masks[i], dstate, BLOCK_N)
+            rest = _behind(i, t0, seqlen, EVEN_L, REVERSE)
+            if not CONST_B:
+                at = B_ptr + first * stride_Bl + rest * stride_Bl
+                B_t = dev.to_float32(dev.load_alike(at, offs_d, dstate, BLOCK_N))
+            if not CONST_C:
+                at = C_ptr + first * stride_Cl + rest * stride_Cl
+                C_t = dev.to_float32(dev.load_alike(at, offs_d, dstate, BLOCK_N))
             u, dy, p = us[i], dys[i], ps[i]
-            dt = dev.over_states(dts[i], BLOCK_N)
-            dtu = dev.over_states(dts[i] * u, BLOCK_N)
-            h, y = (), 0.0
+            if not EVEN_L:
+                dy = tl.where(t0 + i < seqlen, dy, 0.0)
+            if not EVEN_D:
+                dy = tl.where(mask_d, dy, 0.0)
+            dt = dts[i][:, None]
+            dtu = dts[i] * u
+            if not EVEN_D:
+                dtu = tl.where(mask_d, dtu, 0.0)
+            dtu_n = dtu[:, None]
+            h = ()
             for r in tl.static_range(len(A)):
-                h = h + (p[r] + dtu * B_t[r],)
-                y += h[r] * C_t[r]
-            at = rows[i] * dim + offs_d
+                h = h + (p[r] + dtu_n * B_t[r],)
             if z_ptr is not None:
-                dz = dy * (dev.sum_states(y, BLOCK_N) + D * u) * dev.dsilu(zs[i])
-                dev.store(dz_ptr + b * seqlen * dim + at, dz, mask_d & masks[i])
-                dy *= dev.silu(zs[i])
+                z = zs[i]
+                y = dev.dot_states(h, C_t) + D * u
+                dzs = (dy * y * dev.dsilu(z),) + dzs
+                dy *= dev.silu(z)
             dD += dy * u
 
-            dy_n = dev.over_states(dy, BLOCK_N)
-            g_next, dA_next, dB, dC = (), (), (), ()
-            gB, gpA = 0.0, 0.0
+            dy_n = dy[:, None]
+            g_t, gp, g_next, dA_next = (), (), (), ()
             for r in tl.static_range(len(A)):
-                g_r = g[r] + dy_n * C_t[r]
-                gp = g_r * p[r]
-                gB += g_r * B_t[r]
-                gpA += gp * A[r]
-                dA_next = dA_next + (dA[r] + gp * dt,)
-                dB = dB + (g_r * dtu,)
-                dC = dC + (dy_n * h[r],)
-                g_next = g_next + (tl.exp2(dt * LOG2E * A[r]) * g_r,)
+                g_t = g_t + (g[r] + dy_n * C_t[r],)
+                gp = gp + (g_t[r] * p[r],)
+                dA_next = dA_next + (dA[r] + gp[r] * dt,)
+                g_next = g_next + (tl.exp2(dt * LOG2E * A[r]) * g_t[r],)
             g, dA = g_next, dA_next
-            gB = dev.sum_states(gB, BLOCK_N)
-            dev.store(du_ptr + at, dts[i] * gB + D * dy, mask_d & masks[i])
-            ddelta = dev.sum_states(gpA, BLOCK_N) + gB * u
+            gB = dev.dot_states(g_t, B_t)
+            dus = (dts[i] * gB + D * dy,) + dus
+            ddelta = dev.dot_states(gp, A) + gB * u
             if DELTA_SOFTPLUS:
-                ddelta *= dev.sigmoid(deltas[i] + delta_bias)
-            dev.store(ddelta_ptr + at, ddelta, mask_d & masks[i])
-            ddelta_bias += tl.where(masks[i], ddelta, 0.0)
+                ddelta *= dev.dsoftplus(deltas[i] + delta_bias, dts[i])
+            ddeltas = (ddelta,) + ddeltas
+            if not EVEN_L:
+                ddelta = tl.where(t0 + i < seqlen, ddelta, 0.0)
+            ddelta_bias += ddelta
 
-            # dB, dC: one row per step, the sum over this program's channels; constant ones grow
-            # in registers, as dA does
-            sums = ()
+            # dB_t, dC_t: the sum over this program's channels; constant ones grow in registers
             if CONST_B:
-                dB_sum = dev.add(dB_sum, dB)
-            else:
-                sums = sums + dB
+                dB_sum = dev.add_product(dB_sum, g_t, dtu_n)
             if CONST_C:
-                dC_sum = dev.add(dC_sum, dC)
-            else:
-                sums = sums + dC
-            if not (CONST_B and CONST_C):
-                at = dBC_ptr + rows[i] * stride_dBCl
-                dev.store_channel_sums(at, sums, masks[i], dstate, BLOCK_D, BLOCK_N)
+                dC_sum = dev.add_product(dC_sum, h, dy_n)
+            if dBC_ptr is not None:
+                if BLOCK_D == 32:
+                    sums = dev.halve(g_t, dtu, h, dy, dstate, BLOCK_N) + sums
+                else:
+                    at = dBC_ptr + first * 2 * dstate
+                    at += _behind(i, t0, seqlen, True, REVERSE) * 2 * dstate
+                    in_seq = t0 + i < seqlen
+                    dev.store_sums_of_step(at, g_t, dtu, h, dy, in_seq, dstate, BLOCK_N)
+
+        for i in tl.static_range(STEPS):
+            at = first * dim + offs_d + _behind(i, t0, seqlen, True, REVERSE) * dim
+            mask = mask_d
+            if not EVEN_L:
+                mask = mask_d & (t0 + i < seqlen)
+            dev.store(du_ptr + at, dus[i], mask)
+            dev.store(ddelta_ptr + at, ddeltas[i], mask)
+            if z_ptr is not None:
+                dev.store(dz_ptr + at, dzs[i], mask)
+        if dBC_ptr is not None and BLOCK_D == 32:
+            stride: tl.constexpr = -2 * dstate if REVERSE else 2 * dstate
+            at = dBC_ptr + first * 2 * dstate
+            dev.store_sums(at, stride, sums, STEPS if EVEN_L else seqlen - t0, STEPS, dstate)
 
     entry = b * dim * dstate
-    dev.store_states(dA_ptr + entry, dA, offs_d, mask_d, 1, dim, dstate, BLOCK_N)
+    at = partial_ptr + b * dim * (dstate + 2)
+    dev.store_states(at, dA, offs_d, mask_d, dstate, BLOCK_N)
+    tl.store(at + dim * dstate + offs_d, dD, mask=mask_d)
+    tl.store(at + dim * (dstate + 1) + offs_d, ddelta_bias, mask=mask_d)
     if CONST_B:
-        dev.store_states(dB_ptr + entry, dB_sum, offs_d, mask_d, 1, dim, dstate, BLOCK_N)
+        dev.store_states(dB_ptr + entry, dB_sum, offs_d, mask_d, dstate, BLOCK_N)
     if CONST_C:
-        dev.store_states(dC_ptr + entry, dC_sum, offs_d, mask_d, 1, dim, dstate, BLOCK_N)
-    tl.store(dD_ptr + b * dim + offs_d, dD, mask=mask_d)
-    tl.store(ddelta_bias_ptr + b * dim + offs_d, ddelta_bias, mask=mask_d)
+        dev.store_states(dC_ptr + entry, dC_sum, offs_d, mask_d, dstate, BLOCK_N)
     if dinitial_state_ptr is not None:
         dinitial_state_ptr += entry
-        dev.store_states(dinitial_state_ptr, g, offs_d, mask_d, dstate, 1, dstate, BLOCK_N)
+        dev.store_states(dinitial_state_ptr, g, offs_d, mask_d, dstate, BLOCK_N)
 
 
-def _rows(B):
-    """B or C, its strides over batch, seqlen and groups, and the number of groups."""
+def _by_step(B, seqlen):
+    """B or C as the kernels read it, its strides over seqlen and groups, the number of groups.
+    Rows at other than one distance from the first to the last of all batch entries are copied."""
     if B.dim() == 2:
-        return B.contiguous(), (0, 0, 0), 1
-    B = B if B.stride(-1) == 1 else B.contiguous()
-    B = B.unsqueeze(2) if B.dim() == 3 else B
-    return B, B.stride()[:3], B.shape[2]
+        return B.contiguous(), (0, 0), 1
+    if B.stride(-1) != 1 or B.stride(0) != seqlen * B.stride(1):
+        B = B.contiguous()
+    if B.dim() == 3:
+        return B, (B.stride(1), 0), 1
+    return B, B.stride()[1:3], B.shape[2]
 
 
 def states_shape(batch, seqlen, dim, dstate):
-    """What the forward pass keeps: the state before every chunk that the backward pass re-runs."""
-    return batch, triton.cdiv(seqlen, _steps("bwd", seqlen, dstate)), dstate, dim
+    """What the forward pass keeps: the state before every run of steps that is run again."""
+    return batch, triton.cdiv(seqlen, _config(BACKWARD, ANY, dstate).STEPS), dim, dstate
 
 
 def selective_scan_fwd(
@@ -358,33 +526,33 @@ def selective_scan_fwd(
     dstate = A.shape[1]
     u, delta = dev.channel_last(u), dev.channel_last(delta)
     z = None if z is None else dev.channel_last(z)
-    (B, B_strides, groups_B), (C, C_strides, groups_C) = _rows(B), _rows(C)
+    B_, B_strides, groups_B = _by_step(B, seqlen)
+    C_, C_strides, groups_C = _by_step(C, seqlen)
     groups = max(groups_B, groups_C)
-    steps = _steps("bwd" if save_states else "fwd", seqlen, dstate)
-    launch = _launch_parameters("fwd", steps, seqlen, dim // groups, dstate)
+    constants = _forward_constants(batch, seqlen, dim, groups, dstate, save_states)
     y = u.new_empty(u.shape) if y is None else y
     last_state = u.new_empty(batch, dim, dstate, dtype=torch.float32)
     shape = states_shape(batch, seqlen, dim, dstate) if save_states else (0,)
     states = u.new_empty(shape, dtype=torch.float32)
-    grid = (batch * groups * triton.cdiv(dim // groups, launch["BLOCK_D"]),)
+    grid = (batch * groups * triton.cdiv(dim // groups, constants[1]),)
     if batch:
-        with torch.cuda.device_of(u):
-            _scan_fwd_kernel[grid](
-                u, u.stride(0), u.stride(1),
-                delta, delta.stride(0), delta.stride(1),
-                A.contiguous(),
-                B, *B_strides,
-                C, *C_strides,
-                D,
-                z, *((0, 0) if z is None else z.stride()[:2]),
-                delta_bias,
-                None if initial_state is None else initial_state.contiguous(),
-                y, y.stride(0), y.stride(1),
-                last_state,
-                states if save_states else None,
-                seqlen, dim, dim // groups,
-                dstate, B.dim() == 2, C.dim() == 2, delta_softplus, reverse, **launch,
-            )  # fmt: skip
+        args = (
+            u, u.stride(0), u.stride(1),
+            delta, delta.stride(0), delta.stride(1),
+            A.contiguous(),
+            B_, *B_strides,
+            C_, *C_strides,
+            D,
+            z, *((0, 0) if z is None else z.stride()[:2]),
+            delta_bias,
+            None if initial_state is None else initial_state.contiguous(),
+            y, y.stride(0), y.stride(1),
+            last_state,
+            states if save_states else None,
+            seqlen, dim, dim // groups,
+            dstate, B.dim() == 2, C.dim() == 2, delta_softplus, reverse, *constants,
+        )  # fmt: skip
+        dev.launch(_scan_fwd_kernel, grid, args, OPTIONS)
     return y, last_state, states
 
 
@@ -397,11 +565,11 @@ def selective_scan_bwd(
     dstate = A.shape[1]
     dy, u, delta = dev.channel_last(dy), dev.channel_last(u), dev.channel_last(delta)
     z = None if z is None else dev.channel_last(z)
-    (B_, B_strides, groups_B), (C_, C_strides, groups_C) = _rows(B), _rows(C)
+    B_, B_strides, groups_B = _by_step(B, seqlen)
+    C_, C_strides, groups_C = _by_step(C, seqlen)
     groups = max(groups_B, groups_C)
-    steps = _steps("bwd", seqlen, dstate)
-    launch = _launch_parameters("bwd", steps, seqlen, dim // groups, dstate)
-    blocks = groups * triton.cdiv(dim // groups, launch["BLOCK_D"])
+    constants = _backward_constants(seqlen, dim, groups, dstate)
+    blocks = groups * triton.cdiv(dim // groups, constants[1])
     const_B, const_C = B.dim() == 2, C.dim() == 2
 
     def empty(*shape, dtype=torch.float32):
@@ -409,53 +577,56 @@ def selective_scan_bwd(
 
     du, ddelta = empty(*u.shape, dtype=u.dtype), empty(*u.shape, dtype=delta.dtype)
     dz = None if z is None else empty(*u.shape, dtype=z.dtype)
-    dA, dD, ddelta_bias = empty(batch, dstate, dim), empty(batch, dim), empty(batch, dim)
-    dBC = empty(blocks, batch, seqlen, (2 - const_B - const_C) * dstate)
-    dB = empty(batch, dstate, dim) if const_B else None
-    dC = empty(batch, dstate, dim) if const_C else None
+    partial = empty(batch, dim * (dstate + 2))
+    dBC = None if const_B and const_C else empty(blocks, batch, seqlen, 2 * dstate)
+    dB = empty(batch, dim, dstate) if const_B else None
+    dC = empty(batch, dim, dstate) if const_C else None
     dinitial_state = None if initial_state is None else empty(batch, dim, dstate)
     if batch:
-        with torch.cuda.device_of(u):
-            _scan_bwd_kernel[(batch * blocks,)](
-                dy, dy.stride(0), dy.stride(1),
-                None if dlast_state is None else dlast_state.contiguous(),
-                u, u.stride(0), u.stride(1),
-                delta, delta.stride(0), delta.stride(1),
-                A.contiguous(),
-                B_, *B_strides,
-                C_, *C_strides,
-                D,
-                z, *((0, 0) if z is None else z.stride()[:2]),
-                delta_bias,
-                states,
-                du,
-                ddelta,
-                dA,
-                dBC, dBC.shape[-1],
-                dB,
-                dC,
-                dD,
-                dz,
-                ddelta_bias,
-                dinitial_state,
-                batch, seqlen, dim, dim // groups,
-                dstate, const_B, const_C, delta_softplus, reverse, **launch,
-            )  # fmt: skip
+        args = (
+            dy, dy.stride(0), dy.stride(1),
+            None if dlast_state is None else dlast_state.contiguous(),
+            u, u.stride(0), u.stride(1),
+            delta, delta.stride(0), delta.stride(1),
+            A.contiguous(),
+            B_, *B_strides,
+            C_, *C_strides,
+            D,
+            z, *((0, 0) if z is None else z.stride()[:2]),
+            delta_bias,
+            states,
+            du,
+            ddelta,
+            partial,
+            dBC,
+            dB,
+            dC,
+            dz,
+            dinitial_state,
+            batch, seqlen, dim, dim // groups,
+            dstate, const_B, const_C, delta_softplus, reverse, *constants,
+        )  # fmt: skip
+        dev.launch(_scan_bwd_kernel, (batch * blocks,), args, OPTIONS)
 
-    def over_owners(partial, like):
-        """Sum over the blocks that share a row of B or C: all of them, or those of its group."""
-        partial = partial.unflatten(0, (1 if like.dim() == 3 else groups, -1)).sum(1)
-        return partial.permute(1, 2, 0, 3).reshape(like.shape).to(like.dtype)
-
+    dA, dD, ddelta_bias = partial.sum(0).split((dim * dstate, dim, dim))
+    dB, dC = (None if x is None else x.sum(0) for x in (dB, dC))
+    if dBC is not None:
+        # Over the blocks that share a row of B or C: those of a group, or all
+        by_group = dBC.unflatten(0, (groups, -1)).sum(1).permute(1, 2, 0, 3)
+        over_all = by_group.sum(2, keepdim=True) if groups > min(groups_B, groups_C) else by_group
+        if not const_B:
+            dB = (by_group if groups_B == groups else over_all)[..., :dstate].reshape(B.shape)
+        if not const_C:
+            dC = (by_group if groups_C == groups else over_all)[..., dstate:].reshape(C.shape)
     return (
         du,
         ddelta,
-        dA.sum(0).t().to(A.dtype),
-        dB.sum(0).t().to(B.dtype) if const_B else over_owners(dBC[..., :dstate], B),
-        dC.sum(0).t().to(C.dtype) if const_C else over_owners(dBC[..., -dstate:], C),
-        None if D is None else dD.sum(0).to(D.dtype),
+        dA.view(dim, dstate).to(A.dtype),
+        dB.to(B.dtype),
+        dC.to(C.dtype),
+        None if D is None else dD.to(D.dtype),
         dz,
-        None if delta_bias is None else ddelta_bias.sum(0).to(delta_bias.dtype),
+        None if delta_bias is None else ddelta_bias.to(delta_bias.dtype),
         None if initial_state is None else dinitial_state.to(initial_state.dtype),
     )
 
