@@ -104,20 +104,20 @@ def resolve(function: str) -> JITFunction:
     return getattr(importlib.import_module(module), name)
 
 
-def compile_variant(launch: Launch, target: str) -> StaticResult:
-    """Compile one launch for one of MACHINES and read the machine code."""
+def compile_launch(launch: Launch, target: str):
+    """The compiled kernel of one launch for one of MACHINES."""
     function = resolve(launch.function)
     position = {param.name: i for i, param in enumerate(function.params)}
+    if MACHINES[target].gpu.backend == "hip":
+        launch = launch.with_overrides({"PREFETCH": False})  # as on such a machine
     source = ASTSource(
         function,
         signature=launch.signature,
         constexprs={(position[name],): value for name, value in launch.constants.items()},
         attrs={(position[name],): [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    machine = MACHINES[target]
-    start = time.perf_counter()
     try:
-        kernel = triton.compile(source, target=machine.gpu, options=launch.options)
+        return triton.compile(source, target=MACHINES[target].gpu, options=launch.options)
     except CompilationError as error:
         # Outermost first: the line of the kernel, of the helper it calls, ..., the reason.
         chain: list[BaseException] = [error]
@@ -126,6 +126,13 @@ def compile_variant(launch: Launch, target: str) -> StaticResult:
         reasons = "\n".join(str(link) for link in chain)
         what = f"{launch.function} does not compile for {target} with {launch.constants}"
         raise CompileFailure(f"{what}:\n{reasons}") from None
+
+
+def compile_variant(launch: Launch, target: str) -> StaticResult:
+    """Compile one launch for one of MACHINES and read the machine code."""
+    machine = MACHINES[target]
+    start = time.perf_counter()
+    kernel = compile_launch(launch, target)
     seconds = time.perf_counter() - start
     texts = {
         k: v

@@ -29,6 +29,7 @@ else:
     )
 
 if TYPE_CHECKING:
+    from .cold_start import warmup as warmup
     from .fuse import fuse_mixers as fuse_mixers
     from .fuse import unfuse_mixers as unfuse_mixers
     from .mamba_ssm import provide_mamba_ssm as provide_mamba_ssm
@@ -57,6 +58,7 @@ _HOME = {
     "selective_scan": "ops",
     "selective_scan_fn": "ops",
     "unfuse_mixers": "fuse",
+    "warmup": "cold_start",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -31,6 +31,7 @@ __all__ = [
     "Mlp",
     "Stage",
     "Stem",
+    "batch_statistics_kept",
     "from_windows",
     "to_windows",
 ]
@@ -273,7 +274,7 @@ def from_windows(x: Tensor, size: int, height: int, width: int) -> Tensor:
 
 
 @contextmanager
-def _batch_statistics_kept(module: nn.Module) -> Iterator[None]:
+def batch_statistics_kept(module: nn.Module) -> Iterator[None]:
     """Batch norms normalise as they did, but do not count the same batch a second time."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
@@ -292,7 +293,7 @@ def _contexts(
     module: nn.Module,
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Around the first run of a checkpointed module and around its repetition."""
-    return nullcontext(), _batch_statistics_kept(module)
+    return nullcontext(), batch_statistics_kept(module)
 
 
 class Stage(nn.Module):

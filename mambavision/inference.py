@@ -22,10 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .blocks import Attention, Block, ConvBlock, Stem
 from .mixer import MambaVisionMixer
-from .model import MambaVision
 from .ops import mixer
 
-__all__ = ["OptimizedMambaVision", "optimize_for_inference"]
+__all__ = ["OptimizedMambaVision", "PreparedMixer", "optimize_for_inference"]
 
 # Rows of 16-bit matrices then begin at multiples of 16 bytes, as tensor cores want them.
 RANK_MULTIPLE = 8
@@ -66,7 +65,7 @@ def _classifier(norm: _BatchNorm, head: nn.Linear) -> nn.Linear:
     return folded
 
 
-class _PreparedMixer(nn.Module):
+class PreparedMixer(nn.Module):
     """A mixer that keeps what the operator takes: cast, computed and padded once.
 
     Zero rows and columns raise dt_rank to a multiple of RANK_MULTIPLE and change no value.
@@ -121,7 +120,7 @@ def _last_linear(mixer: nn.Module) -> nn.Linear | None:
     return mixer.out_proj if isinstance(mixer, MambaVisionMixer) else None
 
 
-def _fold(model: MambaVision) -> None:
+def _fold(model: nn.Module) -> None:
     """Batch norms and layer scales go into what is before them; the head's norm stays."""
     for module in model.modules():
         if isinstance(module, Stem):
@@ -184,7 +183,7 @@ class OptimizedMambaVision(nn.Module):
     one captures its CUDA graphs anew.
     """
 
-    def __init__(self, model: MambaVision, classifier: nn.Linear | None, cuda_graph: bool):
+    def __init__(self, model: Any, classifier: nn.Linear | None, cuda_graph: bool):
         super().__init__()
         self.model, self.classifier = model, classifier
         self.num_classes, self.num_features = model.num_classes, model.num_features
@@ -267,7 +266,7 @@ class OptimizedMambaVision(nn.Module):
 
 @torch.no_grad()
 def optimize_for_inference(
-    model: MambaVision,
+    model: Any,
     dtype: torch.dtype | None = None,
     *,
     compile: bool = False,
@@ -293,7 +292,7 @@ def optimize_for_inference(
     >>> logits = fast(images.bfloat16())  # doctest: +SKIP
     """
     op = "optimize_for_inference"
-    if not isinstance(model, MambaVision):
+    if not all(hasattr(model, name) for name in ("patch_embed", "levels", "norm", "head")):
         inside = " (give what is inside the wrapper)" if hasattr(model, "module") else ""
         raise TypeError(f"{op}: model must be a MambaVision, got {type(model).__name__}{inside}")
     if any(module.training for module in model.modules()):
@@ -316,7 +315,7 @@ def optimize_for_inference(
     model = copy.deepcopy(model).to(wide)
     _fold(model)
     prepared = {
-        module: _PreparedMixer(module.mixer, dtype)
+        module: PreparedMixer(module.mixer, dtype)
         for module in model.modules()
         if isinstance(module, Block) and type(module.mixer) is MambaVisionMixer
     }

@@ -210,7 +210,9 @@ class MambaVisionMixer(nn.Module):
         # As ordinary tensors also under inference_mode, outside which they may be used next.
         with torch.inference_mode(False), torch.no_grad():
             values = self._compute_scan_parameters()
-            self._kept = _Kept(stamp, sources, [x.detach() for x in sources], values)
+            # Tensors without memory are no result.
+            if type(values[0]) is Tensor:
+                self._kept = _Kept(stamp, sources, [x.detach() for x in sources], values)
         return values
 
     def _compute_scan_parameters(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,16 +13,14 @@ Source: Hatamizadeh and Kautz, arXiv 2407.08083.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import Stage, Stem, conv_stage, token_stage
+from .inference import OptimizedMambaVision, optimize_for_inference
 from .mixer import MambaVisionMixer
-
-if TYPE_CHECKING:
-    from .inference import OptimizedMambaVision
 
 __all__ = ["MambaVision"]
 
@@ -246,15 +244,13 @@ class MambaVision(nn.Module):
 
     def optimize_for_inference(
         self, dtype: torch.dtype | None = None, *, compile: bool = False, cuda_graph: bool = False
-    ) -> "OptimizedMambaVision":
+    ) -> OptimizedMambaVision:
         """A copy in evaluation mode that computes the same with fewer operations, in `dtype`.
 
         See `mambavision.inference.optimize_for_inference`.
 
         >>> fast = model.eval().optimize_for_inference(torch.bfloat16)  # doctest: +SKIP
         """
-        from .inference import optimize_for_inference
-
         return optimize_for_inference(self, dtype, compile=compile, cuda_graph=cuda_graph)
 
     # The classifier

@@ -24,7 +24,15 @@ MAY_IMPORT = {
     },
     "mambavision.mixer": {"torch", "einops", "mambavision.ops"},
     "mambavision.blocks": {"torch", "einops", "mambavision.mixer"},
-    "mambavision.model": {"torch", "einops", "mambavision.blocks", "mambavision.mixer"},
+    "mambavision.inference": {
+        "torch", "mambavision.blocks", "mambavision.mixer", "mambavision.ops",
+    },
+    "mambavision.model": {
+        "torch", "einops", "mambavision.blocks", "mambavision.inference", "mambavision.mixer",
+    },
+    "mambavision.cold_start": {
+        "torch", "triton", "mambavision.blocks", "mambavision.inference", "mambavision.mixer",
+    },
     "mambavision.published": {"torch"},
     "mambavision.hub": {"torch", "huggingface_hub"},
     "mambavision.weights": {

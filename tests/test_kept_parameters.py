@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mambavision.mixer import MambaVisionMixer
 
@@ -168,3 +169,11 @@ def test_mixer_compiled_and_exported_follows_its_parameters():
         write(program)
         write(mixer)
         torch.testing.assert_close(program(x), mixer(x))
+
+
+def test_mixer_keeps_nothing_that_has_no_memory():
+    mixer, x = kept_mixer(), torch.randn(1, 5, 16)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        mixer(torch.empty(1, 5, 16))
+    assert mixer._kept is None
+    agrees(mixer, x)

@@ -1,0 +1,102 @@
+"""How long the kernels of a model take to compile, on a machine that needs no GPU.
+
+What a warm-up compiles, with nothing in Triton's cache: the calls that the model's mixers make at
+224 pixels, their launches as `launches.py` records them, forward and backward, for a named target.
+They are compiled in threads, as `mambavision.warmup` does it, one thread for each kind of mixer.
+
+    python benchmarks/cold_start.py
+    python benchmarks/cold_start.py --model mamba_vision_L --dtype bfloat16 --target sm_80
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import static_report
+import torch
+from launches import DTYPES, Case, Launch, call_mixer, recorded_launches
+
+from mambavision import create_model, list_models
+from mambavision.cold_start import MixerCall, mixer_calls
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """Seconds of each kernel by name and its kind of mixer, and of all of them."""
+
+    kernels: list[tuple[str, str, float]]
+    wall: float
+    cpu: float  # of this process and those that it started
+
+
+def launches_of(call: MixerCall, dtype: str) -> list[Launch]:
+    """The different launches of one mixer in `dtype`, forward with and without states, backward."""
+    batch, seqlen, d_model = call.shape
+    mixer = call.mixer
+    case = Case(
+        "mixer", call_mixer, dim=d_model // 2, seqlen=seqlen, dstate=mixer.d_state,
+        dt_rank=mixer.dt_rank, dtype=dtype, batch=batch,
+    )  # fmt: skip
+    with recorded_launches() as launches:
+        case.call(case)
+    return list({launch.key: launch for launch in launches}.values())
+
+
+def cold_start(model: str, dtype: str, batch: int, target: str) -> ColdStart:
+    with torch.device("meta"):
+        made = create_model(model)
+    kinds = {str(call): launches_of(call, dtype) for call in mixer_calls(made, 224, batch)}
+
+    def compile_kind(kind: str) -> list[tuple[str, str, float]]:
+        found = []
+        for launch in kinds[kind]:
+            begun = time.perf_counter()
+            static_report.compile_launch(launch, target)
+            found.append((launch.name, kind, round(time.perf_counter() - begun, 2)))
+        return found
+
+    def cpu_seconds() -> float:
+        return sum(os.times()[:4])
+
+    begun, cpu = time.perf_counter(), cpu_seconds()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(kinds)) as threads:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        kernels = [row for rows in threads.map(compile_kind, kinds) for row in rows]
+    return ColdStart(
+        kernels, round(time.perf_counter() - begun, 1), round(cpu_seconds() - cpu, 1)
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=list_models(), default="mamba_vision_T")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--target", choices=static_report.MACHINES, default="sm_90")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args()
+    found = cold_start(given.model, given.dtype, given.batch, given.target)
+    if given.json:
+        print(json.dumps(asdict(found)))
+        return 0
+    for kernel, kind, seconds in found.kernels:
+        print(f"{seconds:6.2f} s  {kernel:24} {kind}")
+    print(
+        f"{found.wall:6.1f} s in all, {found.cpu:.1f} s of CPU time: {given.model}, {given.dtype}, "
+        f"{given.target}, {os.cpu_count()} cores"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
