@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import CommandError
+from .tools import cli as tools
 from .training import cli as training
 
 __all__ = ["main"]
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the split, the weights and the augmentation",
     )  # fmt: skip
     training.add_arguments(commands.add_parser("train", help=training.SUMMARY))
+    tools.add_commands(commands)
     return parser
 
 
@@ -83,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "train":
             training.run(vars(options), command)
             return 0
+        if options.command in tools.COMMANDS:
+            return tools.run(options)
         # Imported here, so that `--help` need not wait for torch.
         from .demo import demo
 
