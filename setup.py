@@ -17,6 +17,7 @@ OLDEST_TRITON = "3.4"
 
 EXTRAS = {
     "bench": ["matplotlib>=3.8", "pytest-benchmark>=5", "timm>=1.0.31", "tqdm>=4.60"],
+    "completion": ["argcomplete>=3"],
     "demo": ["matplotlib>=3.8", "scikit-learn>=1.4", "tqdm>=4.60"],
     "train": [
         "matplotlib>=3.8",
@@ -31,7 +32,7 @@ EXTRAS = {
     "test": ["hypothesis>=6.100", "numpy", "pytest>=8", "pytest-xdist>=3.5", "safetensors>=0.4"],
 }
 EXTRAS["dev"] = [*EXTRAS["demo"], *EXTRAS["train"], *EXTRAS["transformers"], *EXTRAS["weights"]]
-EXTRAS["dev"] += [*EXTRAS["bench"], *EXTRAS["test"]]
+EXTRAS["dev"] += [*EXTRAS["bench"], *EXTRAS["completion"], *EXTRAS["test"]]
 EXTRAS["dev"] += ["build>=1", "mypy>=1.10", "ruff>=0.6"]
 
 init = (ROOT / "mambavision" / "__init__.py").read_text(encoding="utf-8")

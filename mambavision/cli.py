@@ -7,6 +7,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -76,7 +78,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    # Set by the shell that wants to know what could come next.
+    if "_ARGCOMPLETE" in os.environ and find_spec("argcomplete"):
+        import_module("argcomplete").autocomplete(parser)
+    options = parser.parse_args(arguments)
     name, command = f"mambavision {options.command}", " ".join(["mambavision", *arguments])
     # Threads that wait asleep, not spinning. Read when torch is loaded. Small tensors meet many
     # barriers: with 5 busy processes on 2 cores, an epoch of the demo takes 4 s instead of 35 s.

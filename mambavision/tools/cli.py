@@ -123,6 +123,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "mambavision eval DATA --checkpoint PATH [options]"
     parser.add_argument("data", help="digits, or a folder with val/CLASS/* or CLASS/*")
     _add_model(parser)
     group = parser.add_argument_group("preprocessing; several values: every combination")
@@ -144,6 +145,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "mambavision predict PICTURE [PICTURE ...] --checkpoint PATH [options]"
     parser.add_argument("pictures", nargs="+", help="files, folders, patterns")
     _add_model(parser)
     parser.add_argument("--img-size", type=SIZE, metavar="N", help="height and width")

@@ -25,13 +25,13 @@ LARGEST = 640  # pixels of a picture's longer side in a drawing
 
 def _drawn(draw: Callable[..., Figure]) -> Callable[..., None]:
     """`draw` in the style of our reports, into the file of its first argument."""
+    margins = {f"figure.constrained_layout.{side}_pad": 0.1 for side in "wh"}
+    style = {**STYLE, **margins, "axes.grid": False}
 
     @wraps(draw)
     def write(path: Path, *arguments: Any) -> None:
-        with matplotlib.rc_context({**STYLE, "axes.grid": False}), whole(path) as temporary:
-            figure = draw(*arguments)
-            figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-            figure.savefig(temporary, format="png", dpi=100)
+        with matplotlib.rc_context(style), whole(path) as temporary:
+            draw(*arguments).savefig(temporary, format="png", dpi=100)
 
     return write
 
@@ -59,7 +59,8 @@ def prediction(
     picture = picture.copy()
     picture.thumbnail((LARGEST, LARGEST))
     width, height = picture.size
-    tall = min(max(4.4 * height / width, 2.4), 5.6)
+    rows = max(len(classes), 5)
+    tall = max(min(4.4 * height / width, 5.6), 0.42 * rows + 0.4)
     figure = Figure(figsize=(8.6, tall), facecolor=PAPER, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     _bare(left).imshow(picture, interpolation=_interpolation(width))
@@ -81,7 +82,7 @@ def prediction(
         right.text(0, place - 0.2, text, color=INK, fontsize=11, fontweight=weight)
         right.text(1, place - 0.2, percent(chance), color=INK, ha="right", fontweight=weight)
     # Rows of one height, whatever the number of classes.
-    right.set(xlim=(-0.02, 1.02), ylim=(max(len(classes), 5) - 0.6, -0.8))
+    right.set(xlim=(-0.02, 1.02), ylim=(rows - 0.6, -0.8))
     return figure
 
 

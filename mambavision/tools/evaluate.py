@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ..demo import check_output
 from ..errors import CommandError
@@ -30,7 +29,7 @@ from ..training.folder import whole
 from ..training.options import Options, read_yaml
 from . import draw
 from .source import Source, open_source
-from .text import percent, table
+from .text import percent, progress, table
 
 __all__ = ["Setting", "run"]
 
@@ -122,7 +121,7 @@ def _evaluate(
     first = min(batch_size, len(images))
     source.logits(torch.zeros(first, 3, setting.img_size, setting.img_size)).cpu()
     start = time.perf_counter()
-    bar = tqdm(total=len(images), unit=" images", desc=str(setting), leave=False)
+    bar = progress(len(images), "images", str(setting))
     try:
         for batch in loader:
             if isinstance(batch, str):

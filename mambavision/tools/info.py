@@ -121,7 +121,8 @@ def _overview(found: list[tuple[str, tuple[int, int], Cost]]) -> str:
 
 def run(options: argparse.Namespace) -> int:
     found = []
-    for source in VARIANTS if options.model == "all" else [options.model]:
+    sources = list(VARIANTS) if options.model == "all" else [options.model]
+    for source in sources:
         model, name, default = read_model(source)
         size = _size(options, default)
         cost = count(model.to(getattr(torch, options.dtype)), *size, options.batch_size)

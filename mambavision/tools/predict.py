@@ -16,14 +16,13 @@ from timm.data import get_img_extensions
 from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from ..demo import check_output
 from ..errors import CommandError
 from ..training.folder import whole
 from . import draw
 from .source import Source, open_source
-from .text import percent, table
+from .text import percent, progress, table
 
 __all__ = ["Pictures", "find_pictures", "run"]
 
@@ -157,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     rows = []
-    with tqdm(total=len(paths), unit=" pictures", leave=False, disable=len(paths) < 2) as bar:
+    with progress(len(paths), "pictures") as bar:
         for (path, found), name in zip(
             _batches(source, pictures, options), _names(paths), strict=True
         ):

@@ -1,8 +1,10 @@
-"""Tables and numbers for the terminal."""
+"""Tables, numbers and progress for the terminal."""
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["amount", "percent", "table"]
+__all__ = ["amount", "percent", "progress", "table"]
 
 
 def table(rows: Sequence[Sequence[str]], sides: str) -> str:
@@ -45,3 +47,11 @@ def amount(number: float, unit: str = "", digits: int = 3) -> str:
             break
         number /= 1000
     return f"{number:.{digits}g} {prefix}{unit}".rstrip()
+
+
+def progress(total: int, unit: str, label: str = "") -> Any:
+    """A bar that goes when it is done; in a log file, a line every half minute."""
+    from tqdm import tqdm
+
+    waiting = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(total=total, unit=f" {unit}", desc=label or None, leave=False, mininterval=waiting)
