@@ -124,7 +124,7 @@ def features(picture: np.ndarray, maps: Sequence[Tensor]) -> Figure:
         channels, height, width = x.shape
         above, below = grid[:, stage]
         _bare(above, f"stage {stage}, {channels} x {height} x {width}")
-        above.imshow(x.norm(dim=0), cmap="magma", interpolation="nearest")
+        above.imshow(x.norm(dim=0).numpy(), cmap="magma", interpolation="nearest")
         _bare(below).imshow(_principal(x), interpolation="nearest")
     return figure
 
