@@ -250,7 +250,7 @@ _compiled = {}
 
 
 def launch(kernel, grid, args, options):
-    """Runs a kernel on the device of its first argument.
+    """Runs a kernel on the device of its first argument; constants that `args` lacks are options.
 
     Triton inspects every argument of every call to find the machine code for it, several times the
     work of the launch itself. Here that code is looked up by what it depends on: types, alignment,
@@ -264,7 +264,7 @@ def launch(kernel, grid, args, options):
     if known is not None:
         key = _key(device, args, options)
         if (found := known.get(key)) is not None:
-            found[(*grid, 1, 1)](*args)
+            found[(*grid, 1, 1)](*args, *(options[name] for name in kernel.arg_names[len(args) :]))
             return
     found = kernel[grid](*args, **options)
     if found is not None:

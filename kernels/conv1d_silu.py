@@ -30,13 +30,11 @@ import triton.language as tl
 
 from . import _device as dev
 
-# Rows of a run: the first number that divides the length, 7 for windows of 14 x 14 and 7 x 7, or
-# the last. Longer runs load and compute less twice, but hold more registers and compile longer.
-STEPS = (7, 8)
-# A lane holds 8 channels forward, and 4 backward, whose sums live in registers.
+# 7 rows a run: 14 x 14 and 7 x 7 windows are whole runs, and longer runs hold more registers and
+# compile longer. A lane holds 8 channels forward, and 4 backward, whose sums live in registers.
 CONFIGS = {
-    "fwd": {"BLOCK_L": 16, "BLOCK_D": 32, "num_warps": 2},
-    "bwd": {"BLOCK_L": 16, "BLOCK_D": 32, "num_warps": 4},
+    "fwd": {"STEPS": 7, "BLOCK_L": 16, "BLOCK_D": 32, "num_warps": 2, "enable_fp_fusion": True},
+    "bwd": {"STEPS": 7, "BLOCK_L": 16, "BLOCK_D": 32, "num_warps": 4, "enable_fp_fusion": True},
 }
 # Backward, beyond this number of programs each takes several blocks of runs: what a large GPU holds
 # at once, and the fewer partial sums.
@@ -60,7 +58,7 @@ def runs_of(block, batch, seqlen, BLOCK_L: tl.constexpr, STEPS: tl.constexpr):
 @triton.jit
 def load_run(
     ptr, stride_l: tl.constexpr, row, t, mask, offs_d, seqlen,
-    FIRST: tl.constexpr, LAST: tl.constexpr, STEPS: tl.constexpr, EVEN_L: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Rows FIRST .. LAST counted from the beginning of each run, a tuple of (BLOCK_L, BLOCK_D), 0
     outside the sequence."""
@@ -69,21 +67,25 @@ def load_run(
     for i in tl.static_range(FIRST, LAST + 1):
         if i < 0:
             mask_i = mask & (t + i >= 0)
-        elif EVEN_L and i < STEPS:
-            mask_i = mask
-        else:
+        elif i > 0:
             mask_i = mask & (t + i < seqlen)
+        else:
+            mask_i = mask
         rows = rows + (tl.load(ptr + i * stride_l, mask=mask_i, other=0.0),)
     return rows
 
 
 @triton.jit
-def load_taps(ptr, offs_d, mask_d, WIDTH: tl.constexpr):
-    """The convolution's weights, a tuple of (1, BLOCK_D)."""
+def load_taps(weight_ptr, bias_ptr, offs_d, mask_d, WIDTH: tl.constexpr):
+    """The convolution's weights, a tuple, and bias, 0 where there is none; each (1, BLOCK_D)."""
     taps = ()
     for k in tl.static_range(WIDTH):
-        taps = taps + (tl.load(ptr + offs_d * WIDTH + k, mask=mask_d, other=0.0).to(tl.float32),)
-    return taps
+        weight = tl.load(weight_ptr + offs_d * WIDTH + k, mask=mask_d, other=0.0)
+        taps = taps + (weight.to(tl.float32),)
+    bias = tl.zeros(offs_d.shape, tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    return taps, bias
 
 
 @triton.jit
@@ -96,14 +98,9 @@ def convolve(rows, i: tl.constexpr, taps, bias):
 
 
 @triton.jit
-def store_step(
-    ptr, stride_l: tl.constexpr, row, t, i: tl.constexpr, value, mask, offs_d, seqlen,
-    EVEN_L: tl.constexpr,
-):  # fmt: skip
+def store_step(ptr, stride_l: tl.constexpr, row, t, i, value, mask, offs_d, seqlen):
     """Row i of each run, unless it lies behind the end of the sequence."""
-    if not EVEN_L:
-        mask = mask & (t + i < seqlen)
-    dev.store(ptr + (row * stride_l + offs_d) + i * stride_l, value, mask)
+    dev.store(ptr + (row * stride_l + offs_d) + i * stride_l, value, mask & (t + i < seqlen))
 
 
 @triton.jit
@@ -124,23 +121,21 @@ def convolve_fwd(
     bias_ptr,  # (dim,) or None
     y_ptr, stride_yl: tl.constexpr,  # (batch, seqlen, dim)
     block, offs_d, mask_d, batch, seqlen, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
-    STEPS: tl.constexpr, EVEN_L: tl.constexpr, BLOCK_L: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """y of one block of runs and of channels."""
     left: tl.constexpr = (WIDTH - 1) // 2
     row, t, mask_l = runs_of(block, batch, seqlen, BLOCK_L, STEPS)
     mask = mask_l & mask_d
     xs = load_run(
-        x_ptr, stride_xl, row, t, mask, offs_d, seqlen, -left, STEPS + WIDTH - 2 - left, STEPS,
-        EVEN_L,
-    )  # fmt: skip
-    taps = load_taps(weight_ptr, offs_d, mask_d, WIDTH)
-    bias = dev.load_vector(bias_ptr, offs_d, mask_d)
+        x_ptr, stride_xl, row, t, mask, offs_d, seqlen, -left, STEPS + WIDTH - 2 - left
+    )
+    taps, bias = load_taps(weight_ptr, bias_ptr, offs_d, mask_d, WIDTH)
     for i in tl.static_range(STEPS):
         y = convolve(xs, i, taps, bias)
         if ACTIVATION:
             y = dev.silu(y)
-        store_step(y_ptr, stride_yl, row, t, i, y, mask, offs_d, seqlen, EVEN_L)
+        store_step(y_ptr, stride_yl, row, t, i, y, mask, offs_d, seqlen)
 
 
 @triton.jit(do_not_specialize=["batch", "seqlen"])
@@ -150,14 +145,14 @@ def _conv1d_silu_fwd_kernel(
     bias_ptr,  # (dim,) or None
     y_ptr, stride_yl: tl.constexpr,  # (batch, seqlen, dim)
     batch, seqlen, dim: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
-    STEPS: tl.constexpr, EVEN_L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     blocks_d = tl.cdiv(dim, BLOCK_D)
     offs_d, mask_d = channels_of(pid % blocks_d, dim, BLOCK_D)
     convolve_fwd(
         x_ptr, stride_xl, weight_ptr, bias_ptr, y_ptr, stride_yl, pid // blocks_d, offs_d, mask_d,
-        batch, seqlen, WIDTH, ACTIVATION, STEPS, EVEN_L, BLOCK_L,
+        batch, seqlen, WIDTH, ACTIVATION, STEPS, BLOCK_L,
     )  # fmt: skip
 
 
@@ -171,14 +166,13 @@ def convolve_bwd(
     sums_ptr,  # (dim, columns), of this program
     first, count, offs_d, mask_d,
     batch, seqlen, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr,
-    STEPS: tl.constexpr, EVEN_L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx of `count` blocks of runs from `first` on, and their sums: dweight, then dbias where there
     is a bias."""
     left: tl.constexpr = (WIDTH - 1) // 2
     right: tl.constexpr = WIDTH - 1 - left
-    taps = load_taps(weight_ptr, offs_d, mask_d, WIDTH)
-    bias = dev.load_vector(bias_ptr, offs_d, mask_d)
+    taps, bias = load_taps(weight_ptr, bias_ptr, offs_d, mask_d, WIDTH)
     sums = ()
     for _ in tl.static_range(WIDTH + (bias_ptr is not None)):
         sums = sums + (tl.zeros((BLOCK_L, BLOCK_D), tl.float32),)
@@ -186,13 +180,11 @@ def convolve_bwd(
         row, t, mask_l = runs_of(first + n, batch, seqlen, BLOCK_L, STEPS)
         mask = mask_l & mask_d
         dys = load_run(
-            dy_ptr, stride_dyl, row, t, mask, offs_d, seqlen, -right, STEPS - 1 + left, STEPS,
-            EVEN_L,
-        )  # fmt: skip
+            dy_ptr, stride_dyl, row, t, mask, offs_d, seqlen, -right, STEPS - 1 + left
+        )
         xs = load_run(
-            x_ptr, stride_xl, row, t, mask, offs_d, seqlen, 1 - WIDTH, STEPS + WIDTH - 2, STEPS,
-            EVEN_L,
-        )  # fmt: skip
+            x_ptr, stride_xl, row, t, mask, offs_d, seqlen, 1 - WIDTH, STEPS + WIDTH - 2
+        )
         das = ()
         # das[j] is of the run's row j - right, which read xs[j] .. xs[j + WIDTH - 1]
         for j in tl.static_range(STEPS + WIDTH - 1):
@@ -213,7 +205,7 @@ def convolve_bwd(
                 for k in tl.static_range(1, WIDTH):
                     dx += taps[k] * das[j - k]
                 i = j - (WIDTH - 1)
-                store_step(dx_ptr, stride_dxl, row, t, i, dx, mask, offs_d, seqlen, EVEN_L)
+                store_step(dx_ptr, stride_dxl, row, t, i, dx, mask, offs_d, seqlen)
     for k in tl.static_range(len(sums)):
         total = tl.sum(sums[k], axis=0)[None, :]
         tl.store(sums_ptr + offs_d * COLUMNS + k, total, mask=mask_d)
@@ -228,7 +220,7 @@ def _conv1d_silu_bwd_kernel(
     dx_ptr, stride_dxl: tl.constexpr,  # (batch, seqlen, dim)
     sums_ptr,  # (programs over rows, dim, width, and one more with a bias)
     batch, seqlen, count, dim: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
-    STEPS: tl.constexpr, EVEN_L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     blocks_d = tl.cdiv(dim, BLOCK_D)
@@ -237,7 +229,7 @@ def _conv1d_silu_bwd_kernel(
     convolve_bwd(
         dy_ptr, stride_dyl, x_ptr, stride_xl, weight_ptr, bias_ptr, dx_ptr, stride_dxl,
         sums_ptr + pid // blocks_d * dim * columns, pid // blocks_d * count, count, offs_d, mask_d,
-        batch, seqlen, WIDTH, ACTIVATION, columns, STEPS, EVEN_L, BLOCK_L, BLOCK_D,
+        batch, seqlen, WIDTH, ACTIVATION, columns, STEPS, BLOCK_L, BLOCK_D,
     )  # fmt: skip
 
 
@@ -254,19 +246,12 @@ def rows_of(x):
     return x.clone(memory_format=torch.contiguous_format), dim
 
 
-def steps_of(seqlen):
-    """Rows of a run, and whether they divide the length."""
-    steps = next((n for n in STEPS if seqlen % n == 0), STEPS[-1])
-    return steps, seqlen % steps == 0
-
-
 @lru_cache(maxsize=1024)
-def launch_parameters(pass_, batch, seqlen, dim):
-    """Blocks of runs, blocks of channels, and the constants of a launch."""
-    steps, even = steps_of(seqlen)
-    config = {"STEPS": steps, "EVEN_L": even, "enable_fp_fusion": True, **CONFIGS[pass_]}
-    blocks = triton.cdiv(batch * triton.cdiv(seqlen, steps), config["BLOCK_L"])
-    return blocks, triton.cdiv(dim, config["BLOCK_D"]), config
+def blocks_of(config, batch, seqlen, dim):
+    """Blocks of runs, and of channels."""
+    config = CONFIGS[config]
+    runs = batch * triton.cdiv(seqlen, config["STEPS"])
+    return triton.cdiv(runs, config["BLOCK_L"]), triton.cdiv(dim, config["BLOCK_D"])
 
 
 def share_out(blocks, blocks_d):
@@ -280,16 +265,16 @@ def conv1d_silu_fwd(x, weight, bias, activation):
     batch, seqlen, dim = x.shape
     x, stride_xl = rows_of(x)
     y = x.new_empty(batch, seqlen, dim)
-    blocks, blocks_d, config = launch_parameters("fwd", batch, seqlen, dim)
+    blocks, blocks_d = blocks_of("fwd", batch, seqlen, dim)
     if batch:
-        with torch.cuda.device_of(x):
-            _conv1d_silu_fwd_kernel[(blocks * blocks_d,)](
-                x, stride_xl,
-                weight.contiguous(),
-                bias,
-                y, dim,
-                batch, seqlen, dim, weight.shape[-1], activation, **config,
-            )  # fmt: skip
+        args = (
+            x, stride_xl,
+            weight.contiguous(),
+            bias,
+            y, dim,
+            batch, seqlen, dim, weight.shape[-1], activation,
+        )  # fmt: skip
+        dev.launch(_conv1d_silu_fwd_kernel, (blocks * blocks_d,), args, CONFIGS["fwd"])
     return y
 
 
@@ -299,20 +284,20 @@ def conv1d_silu_bwd(dy, x, weight, bias, activation):
     width = weight.shape[-1]
     (dy, stride_dyl), (x, stride_xl) = rows_of(dy), rows_of(x)
     dx = x.new_empty(batch, seqlen, dim)
-    blocks, blocks_d, config = launch_parameters("bwd", batch, seqlen, dim)
+    blocks, blocks_d = blocks_of("bwd", batch, seqlen, dim)
     count, programs = share_out(blocks, blocks_d)
     sums = x.new_empty(programs, dim, width + (bias is not None), dtype=torch.float32)
     if batch:
-        with torch.cuda.device_of(x):
-            _conv1d_silu_bwd_kernel[(programs * blocks_d,)](
-                dy, stride_dyl,
-                x, stride_xl,
-                weight.contiguous(),
-                bias,
-                dx, dim,
-                sums,
-                batch, seqlen, count, dim, width, activation, **config,
-            )  # fmt: skip
+        args = (
+            dy, stride_dyl,
+            x, stride_xl,
+            weight.contiguous(),
+            bias,
+            dx, dim,
+            sums,
+            batch, seqlen, count, dim, width, activation,
+        )  # fmt: skip
+        dev.launch(_conv1d_silu_bwd_kernel, (programs * blocks_d,), args, CONFIGS["bwd"])
     sums = sums.sum(0)
     dweight = sums[:, :width].reshape(weight.shape).to(weight.dtype)
     return dx, dweight, None if bias is None else sums[:, width].to(bias.dtype)

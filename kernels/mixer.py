@@ -41,16 +41,16 @@ import triton.language as tl
 
 from . import _device as dev
 from .conv1d_silu import (
+    CONFIGS,
+    blocks_of,
     convolve,
     convolve_bwd,
     convolve_fwd,
-    launch_parameters,
     load_run,
     load_taps,
     rows_of,
     runs_of,
     share_out,
-    steps_of,
 )
 from .selective_scan import selective_scan_bwd, selective_scan_fwd
 
@@ -82,9 +82,7 @@ def load_matrix(ptr, stride_r: tl.constexpr, stride_c: tl.constexpr, r, rows, c,
 def load_neighbours(ptr, stride_l: tl.constexpr, row, t, mask, offs_d, seqlen, WIDTH: tl.constexpr):
     """The WIDTH rows that a convolution reads for each of these rows."""
     left: tl.constexpr = (WIDTH - 1) // 2
-    return load_run(
-        ptr, stride_l, row, t, mask, offs_d, seqlen, -left, WIDTH - 1 - left, 1, True
-    )
+    return load_run(ptr, stride_l, row, t, mask, offs_d, seqlen, -left, WIDTH - 1 - left)
 
 
 @triton.jit(do_not_specialize=["batch", "seqlen"])
@@ -101,9 +99,8 @@ def _project_kernel(
     dt_low_ptr, stride_dtl: tl.constexpr,  # (batch, seqlen, dt_rank) or None
     BC_ptr,  # (batch, seqlen, 2 dstate) or None
     batch, seqlen, dim: tl.constexpr, dt_rank: tl.constexpr, dstate: tl.constexpr,
-    WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr, Z_STEPS: tl.constexpr, Z_EVEN_L: tl.constexpr,
-    Z_BLOCK_L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr, Z_STEPS: tl.constexpr, Z_BLOCK_L: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     blocks = (tl.cast(batch, tl.int64) * seqlen + BLOCK_L - 1) // BLOCK_L
@@ -128,8 +125,9 @@ def _project_kernel(
             )
             W_low = load_matrix(x_proj_weight_ptr, 1, dim, d + offs_k, dim, offs_r, dt_rank)
             W_BC = load_matrix(W_BC_ptr, 1, dim, d + offs_k, dim, offs_n, 2 * dstate)
-            taps = load_taps(conv_x_weight_ptr, d + offs_d, mask_d, WIDTH_X)
-            bias = dev.load_vector(conv_x_bias_ptr, d + offs_d, mask_d)
+            taps, bias = load_taps(
+                conv_x_weight_ptr, conv_x_bias_ptr, d + offs_d, mask_d, WIDTH_X
+            )
             x = dev.silu(convolve(xs, 0, taps, bias)).to(dtype)
             tl.store(x_ptr + (row * stride_xl + offs_d) + d, x, mask=mask_l & mask_d)
             # "ieee": Triton's default for float32 is TF32, three digits
@@ -154,7 +152,7 @@ def _project_kernel(
             convolve_fwd(
                 xz_ptr + dim, stride_xzl, conv_z_weight_ptr, conv_z_bias_ptr, x_ptr + dim,
                 stride_xl, (pid - blocks) // blocks_d, offs_z, offs_z < dim, batch, seqlen, WIDTH_Z,
-                True, Z_STEPS, Z_EVEN_L, Z_BLOCK_L,
+                True, Z_STEPS, Z_BLOCK_L,
             )  # fmt: skip
 
 
@@ -222,8 +220,7 @@ def _convolve_bwd_kernel(
     dxz_ptr,  # (batch, seqlen, 2 dim)
     sums_ptr,  # (programs over rows, 2, dim, COLUMNS)
     batch, seqlen, count, dim: tl.constexpr, WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr,
-    COLUMNS: tl.constexpr, STEPS: tl.constexpr, EVEN_L: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr, STEPS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     blocks_d = tl.cdiv(dim, BLOCK_D)
@@ -235,34 +232,30 @@ def _convolve_bwd_kernel(
         convolve_bwd(
             dx_ptr, dim, xz_ptr, stride_xzl, conv_x_weight_ptr, conv_x_bias_ptr,
             dxz_ptr, 2 * dim, sums_ptr, first, count, offs_d, offs_d < dim,
-            batch, seqlen, WIDTH_X, True, COLUMNS, STEPS, EVEN_L, BLOCK_L, BLOCK_D,
+            batch, seqlen, WIDTH_X, True, COLUMNS, STEPS, BLOCK_L, BLOCK_D,
         )  # fmt: skip
     else:
         convolve_bwd(
             dyz_ptr + dim, stride_dyzl, xz_ptr + dim, stride_xzl, conv_z_weight_ptr,
             conv_z_bias_ptr, dxz_ptr + dim, 2 * dim, sums_ptr, first, count, offs_d, offs_d < dim,
-            batch, seqlen, WIDTH_Z, True, COLUMNS, STEPS, EVEN_L, BLOCK_L, BLOCK_D,
+            batch, seqlen, WIDTH_Z, True, COLUMNS, STEPS, BLOCK_L, BLOCK_D,
         )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def _tile(rows, itemsize, dt_rank, dstate):
-    """The constants of a program that takes whole rows."""
+def _tile(batch, seqlen, dim, dt_rank, dstate, itemsize):
+    """Programs over rows, beside them programs over z, and the constants of both."""
     block_r, block_n = (max(16, triton.next_power_of_2(n)) for n in (dt_rank, 2 * dstate))
-    for least, columns, config in TILES[itemsize]:
-        if rows >= least and block_r + block_n <= columns:
-            return {"BLOCK_R": block_r, "BLOCK_N": block_n, "enable_fp_fusion": True, **config}
-    raise ValueError(f"mixer: the kernels take a dt_rank of at most 512, got {dt_rank}")
-
-
-@lru_cache(maxsize=1024)
-def _z_tile(batch, seqlen, dim, block_d):
-    """Programs over z beside those over rows, and their constants."""
-    steps, even = steps_of(seqlen)
-    block_l = 1024 // block_d
-    blocks = triton.cdiv(batch * triton.cdiv(seqlen, steps), block_l)
-    constants = {"Z_STEPS": steps, "Z_EVEN_L": even, "Z_BLOCK_L": block_l}
-    return blocks * triton.cdiv(dim, block_d), constants
+    rows, width = batch * seqlen, block_r + block_n
+    tile = next((c for low, high, c in TILES[itemsize] if rows >= low and width <= high), None)
+    if tile is None:
+        raise ValueError(f"mixer: the kernels take a dt_rank of at most 512, got {dt_rank}")
+    tile = {"BLOCK_R": block_r, "BLOCK_N": block_n, "enable_fp_fusion": True, **tile}
+    # 7 rows a run, and as many runs as make 8 elements for each lane of 4 warps
+    z_tile = {"Z_STEPS": 7, "Z_BLOCK_L": 1024 // tile["BLOCK_D"]}
+    z_blocks = triton.cdiv(batch * triton.cdiv(seqlen, 7), z_tile["Z_BLOCK_L"])
+    z_programs = z_blocks * triton.cdiv(dim, tile["BLOCK_D"])
+    return triton.cdiv(rows, tile["BLOCK_L"]), z_programs, tile, z_tile
 
 
 def _project(
@@ -271,11 +264,11 @@ def _project(
 ):  # fmt: skip
     """Writes x, and z behind it unless conv_z_weight is None, delta, and dt_low and BC if given."""
     (batch, seqlen, _), (dim, dt_rank) = xz.shape, dt_proj_weight.shape
-    tile = _tile(batch * seqlen, xz.element_size(), dt_rank, dstate)
-    z_programs, z_tile = _z_tile(batch, seqlen, dim, tile["BLOCK_D"])
+    programs, z_programs, tile, z_tile = _tile(
+        batch, seqlen, dim, dt_rank, dstate, xz.element_size()
+    )
     with_z = conv_z_weight is not None
-    programs = triton.cdiv(batch * seqlen, tile["BLOCK_L"]) + with_z * z_programs
-    _project_kernel[(programs,)](
+    args = (
         xz, stride_xzl,
         conv_x_weight.contiguous(),
         conv_x_bias,
@@ -288,8 +281,9 @@ def _project(
         dt_low, 0 if dt_low is None else dt_low.stride(1),
         BC,
         batch, seqlen, dim, dt_rank, dstate,
-        conv_x_weight.shape[-1], conv_z_weight.shape[-1] if with_z else 0, **z_tile, **tile,
+        conv_x_weight.shape[-1], conv_z_weight.shape[-1] if with_z else 0,
     )  # fmt: skip
+    dev.launch(_project_kernel, (programs + with_z * z_programs,), args, {**z_tile, **tile})
 
 
 def mixer_fwd(
@@ -305,11 +299,10 @@ def mixer_fwd(
     dt_low = xz.new_empty(batch, seqlen, dt_rank)
     BC = xz.new_empty(batch, seqlen, 2 * dstate, dtype=torch.float32)
     if batch:
-        with torch.cuda.device_of(xz):
-            _project(
-                xz, stride_xzl, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, dstate,
-                conv_x_bias, conv_z_bias, yz, delta, dt_low, BC,
-            )  # fmt: skip
+        _project(
+            xz, stride_xzl, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, dstate,
+            conv_x_bias, conv_z_bias, yz, delta, dt_low, BC,
+        )  # fmt: skip
     x = yz[..., :dim]
     B, C = BC[..., :dstate], BC[..., dstate:]
     selective_scan_fwd(x, delta, A, B, C, D, None, delta_bias, None, True, False, False, y=x)
@@ -334,11 +327,10 @@ def mixer_bwd(
     x, delta = xz.new_empty(batch, seqlen, dim), xz.new_empty(batch, seqlen, dim)
     low = None if dt_rank % 8 == 0 else _aligned(xz, rows, dt_rank)
     if batch:
-        with torch.cuda.device_of(xz):
-            _project(
-                xz, stride_xzl, conv_x_weight, None, x_proj_weight, dt_proj_weight, dstate,
-                conv_x_bias, None, x, delta, None if low is None else low[None], None,
-            )  # fmt: skip
+        _project(
+            xz, stride_xzl, conv_x_weight, None, x_proj_weight, dt_proj_weight, dstate,
+            conv_x_bias, None, x, delta, None if low is None else low[None], None,
+        )  # fmt: skip
     scanned = (x, delta, A, BC[..., :dstate], BC[..., dstate:], D, None, delta_bias, None)
     _, _, states = selective_scan_fwd(*scanned, True, False, True)
     dx, ddelta, dA, dB, dC, dD, _, ddelta_bias, _ = selective_scan_bwd(
@@ -347,35 +339,36 @@ def mixer_bwd(
     (dB, stride_dBl), (dC, stride_dCl) = rows_of(dB), rows_of(dC)
     dw = _aligned(xz, rows, dt_rank + 2 * dstate)
     dxz = xz.new_empty(batch, seqlen, 2 * dim)
-    blocks, blocks_d, config = launch_parameters("bwd", batch, seqlen, dim)
+    blocks, blocks_d = blocks_of("bwd", batch, seqlen, dim)
     count, programs = share_out(blocks, 2 * blocks_d)
     bias = conv_x_bias is not None or conv_z_bias is not None
     sums = dxz.new_empty(programs, 2, dim, max(widths) + bias, dtype=torch.float32)
     if batch:
-        with torch.cuda.device_of(xz):
-            tile = _tile(rows, xz.element_size(), dt_rank, dstate)
-            _project_bwd_kernel[(triton.cdiv(rows, tile["BLOCK_L"]),)](
-                ddelta,
-                dB, stride_dBl,
-                dC, stride_dCl,
-                x_proj_weight.contiguous(),
-                dt_proj_weight.contiguous(),
-                dx,
-                dw, dw.stride(0),
-                rows, dim, dt_rank, dstate, **tile,
-            )  # fmt: skip
-            _convolve_bwd_kernel[(programs * 2 * blocks_d,)](
-                dx,
-                dyz, stride_dyzl,
-                xz, stride_xzl,
-                conv_x_weight.contiguous(),
-                conv_x_bias,
-                conv_z_weight.contiguous(),
-                conv_z_bias,
-                dxz,
-                sums,
-                batch, seqlen, count, dim, *widths, sums.shape[-1], **config,
-            )  # fmt: skip
+        tiles, _, tile, _ = _tile(batch, seqlen, dim, dt_rank, dstate, xz.element_size())
+        args = (
+            ddelta,
+            dB, stride_dBl,
+            dC, stride_dCl,
+            x_proj_weight.contiguous(),
+            dt_proj_weight.contiguous(),
+            dx,
+            dw, dw.stride(0),
+            rows, dim, dt_rank, dstate,
+        )  # fmt: skip
+        dev.launch(_project_bwd_kernel, (tiles,), args, tile)
+        args = (
+            dx,
+            dyz, stride_dyzl,
+            xz, stride_xzl,
+            conv_x_weight.contiguous(),
+            conv_x_bias,
+            conv_z_weight.contiguous(),
+            conv_z_bias,
+            dxz,
+            sums,
+            batch, seqlen, count, dim, *widths, sums.shape[-1],
+        )  # fmt: skip
+        dev.launch(_convolve_bwd_kernel, (programs * 2 * blocks_d,), args, CONFIGS["bwd"])
     # Autocast casts the arguments of products, except those with an `out`
     dx_proj_weight = torch.mm(dw.t(), x.view(rows, dim), out=x.new_empty(x_proj_weight.shape))
     low = dt_low.view(rows, dt_rank) if low is None else low
