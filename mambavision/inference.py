@@ -180,14 +180,17 @@ class OptimizedMambaVision(nn.Module):
     in its dtype, holds no trainable parameters and computes no gradients: asking for another is a
     RuntimeError. `state_dict()` holds the folded weights, which only another optimized copy of the
     same kind takes: keep the weights with the model that it was made from. A copied or unpickled
-    one captures its CUDA graphs anew.
+    one compiles, or captures its CUDA graphs, anew.
     """
 
-    def __init__(self, model: Any, classifier: nn.Linear | None, cuda_graph: bool):
+    def __init__(
+        self, model: Any, classifier: nn.Linear | None, compile: bool, cuda_graph: bool
+    ):
         super().__init__()
         self.model, self.classifier = model, classifier
         self.num_classes, self.num_features = model.num_classes, model.num_features
-        self.cuda_graph = cuda_graph
+        self.compiled, self.cuda_graph = compile, cuda_graph
+        self._compiled: Callable[[Tensor], list[Tensor]] | None = None
         self._graphs: _Graphs | None = None
         super().train(False)
         super().requires_grad_(False)
@@ -199,10 +202,18 @@ class OptimizedMambaVision(nn.Module):
                 "that it was made from, or torch.no_grad()"
             )
 
+    def _stages(self, x: Tensor) -> list[Tensor]:
+        if not self.compiled:
+            return self.model.forward_stages(x)
+        if self._compiled is None:
+            self._compiled = torch.compile(self.model.forward_stages, dynamic=False)
+        return self._compiled(x)
+
     def _logits(self, x: Tensor) -> Tensor:
+        last = self._stages(x)[-1]
         if self.classifier is None:
-            return self.model(x)
-        return self.classifier(self.model.forward_stages(x)[-1].mean((2, 3)))
+            return self.model.forward_head(self.model.norm(last))
+        return self.classifier(last.mean((2, 3)))
 
     def forward(self, x: Tensor) -> Tensor:
         """`MambaVision.forward`; through a CUDA graph of x's shape where one was asked for."""
@@ -217,12 +228,12 @@ class OptimizedMambaVision(nn.Module):
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """`MambaVision.forward_stages`."""
         self._check_input(x)
-        return self.model.forward_stages(x)
+        return self._stages(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """`MambaVision.forward_features`."""
         self._check_input(x)
-        return self.model.forward_features(x)
+        return self.model.norm(self._stages(x)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """`MambaVision.forward_head`, for the maps of `forward_features`."""
@@ -261,7 +272,7 @@ class OptimizedMambaVision(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": None}
+        return {**super().__getstate__(), "_compiled": None, "_graphs": None}
 
 
 @torch.no_grad()
@@ -280,9 +291,9 @@ def optimize_for_inference(
     float32; x has to be in `dtype`. Values differ by roundings of `dtype`. The model itself is left
     as it was and shares no memory with the copy.
 
-    `compile` passes the stem and each stage through torch.compile when first called. `cuda_graph`
-    captures one CUDA graph per input shape, for logits, and keeps it with its memory: for a few
-    fixed shapes.
+    `compile` passes stem and stages through torch.compile, anew for each input shape. `cuda_graph`
+    captures one CUDA graph per input shape, for logits, and keeps it with its memory. Both are for
+    a few fixed shapes.
 
     Raises RuntimeError for a model in training mode and for CUDA graphs of a model that is not on a
     CUDA device, TypeError for what is no MambaVision and for a dtype that is not floating-point,
@@ -327,7 +338,4 @@ def optimize_for_inference(
     model.to(**form)
     for block, mixer_ in prepared.items():
         block.mixer = mixer_
-    if compile:
-        for part in (model.patch_embed, *model.levels):
-            part.compile()
-    return OptimizedMambaVision(model, classifier, cuda_graph)
+    return OptimizedMambaVision(model, classifier, compile, cuda_graph)
