@@ -203,7 +203,7 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
+        self.act: nn.Module = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
@@ -213,7 +213,7 @@ class Mlp(nn.Module):
             return False
         if self.training and self.drop.p > 0:
             return False
-        exact = _plain(self.act, nn.GELU) and self.act.approximate == "none"
+        exact = _plain(self.act, nn.GELU) and getattr(self.act, "approximate", "") == "none"
         return exact and _plain(self.fc2, nn.Linear)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
     token blocks               gamma_1 W, gamma_2 W           one matrix, where W ends the branch
     mixers                     -exp(A_log), 2 * bias, ranks   computed once, kept as buffers
     head                       batch norm, mean, linear       mean, one linear
+    linear layers, on a CPU    W x + b, gelu                  W reordered once, gelu inside
 
 A batch norm with its running statistics is an affine map per channel, y = f x + s with
 f = weight / sqrt(var + eps) and s = bias - f mean, and so is a layer scale. What is linear before
@@ -23,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .blocks import Attention, Block, ConvBlock, Stem
 from .mixer import MambaVisionMixer
 from .ops import mixer
+from .packed_linear import PackedLinear
 
 __all__ = ["OptimizedMambaVision", "PreparedMixer", "optimize_for_inference"]
 
@@ -140,6 +142,17 @@ def _fold(model: nn.Module) -> None:
             if module.gamma_2 is not None:
                 _then(module.mlp.fc2, module.gamma_2)
                 module.gamma_2 = None
+
+
+def _pack(model: nn.Module) -> None:
+    """Linear layers of token blocks in the order of a CPU's library, gelu inside them."""
+    for block in [m for m in model.modules() if isinstance(m, Block)]:
+        if type(block.mlp.act) is nn.GELU and block.mlp.act.approximate == "none":
+            block.mlp.fc1, block.mlp.act = PackedLinear(block.mlp.fc1, gelu=True), nn.Identity()
+        for part in (block.mlp, block.mixer):
+            for name, child in part.named_children():
+                if type(child) is nn.Linear:
+                    setattr(part, name, PackedLinear(child))
 
 
 class _Graphs:
@@ -289,7 +302,8 @@ def optimize_for_inference(
     channels-last, and mixers keep their cast and padded weights, -exp(A_log) and twice the bias.
     All is in `dtype`, the model's own by default, except A, D and that bias, which are at least
     float32; x has to be in `dtype`. Values differ by roundings of `dtype`. The model itself is left
-    as it was and shares no memory with the copy.
+    as it was and shares no memory with the copy. On a CPU the linear layers of token blocks keep a
+    second, reordered weight once they ran.
 
     `compile` passes stem and stages through torch.compile, anew for each input shape. `cuda_graph`
     captures one CUDA graph per input shape, for logits, and keeps it with its memory. Both are for
@@ -338,4 +352,6 @@ def optimize_for_inference(
     model.to(**form)
     for block, mixer_ in prepared.items():
         block.mixer = mixer_
+    if like.device.type == "cpu":
+        _pack(model)
     return OptimizedMambaVision(model, classifier, compile, cuda_graph)

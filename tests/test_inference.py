@@ -9,6 +9,7 @@ from torch import nn
 
 from mambavision import MambaVision, create_model
 from mambavision.inference import OptimizedMambaVision, optimize_for_inference
+from mambavision.packed_linear import PackedLinear
 
 SMALL = {
     "dim": 16, "in_dim": 8, "depths": (1, 2, 3, 2), "window_size": (8, 8, 4, 2), "mlp_ratio": 2,
@@ -145,6 +146,9 @@ def test_nothing_is_left_to_fold():
             assert x.dtype == (torch.float32 if wide else torch.bfloat16), name
         if x.dim() == 4:
             assert x.is_contiguous(memory_format=torch.channels_last), name
+    packed = [m for m in optimized.modules() if isinstance(m, PackedLinear)]
+    # Two in each perceptron and in what mixes tokens, of five blocks
+    assert len(packed) == 20 and sum(m.gelu for m in packed) == 5
     mixers = [m for _, m in optimized.named_modules() if hasattr(m, "x_proj_weight")]
     assert len(mixers) == 3
     for mixer in mixers:
