@@ -9,7 +9,8 @@ x dim) an operator counts as
     selective_scan   6 dstate (dt A, dt u B, the sum a h + b, the product with C), 2 with D
     mixer            two convolutions, x_proj 2 (dt_rank + 2 dstate), dt_proj 2 dt_rank, the scan
 
-and its backward pass as twice that, plus once what is computed again: all but x_proj.
+and its backward pass as twice that, plus once what is computed again: all but x_proj. Of torch's
+own operators the counter does not know attention on a CPU; `count` runs on the meta device.
 
 Memory is counted as float32 or another dtype of the model takes it on a CPU, with the states that
 the PyTorch backend keeps. Temporaries inside one operator are not seen.

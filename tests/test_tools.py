@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,9 @@ SIZES = {
     "window_size": (8, 8, 2, 1), "mlp_ratio": 1,
 }  # fmt: skip
 LABELS = ["red", "green", "blue"]
+ROOT = Path(__file__).resolve().parent.parent
+# For processes in another folder.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 # Read off the table of the published models, arXiv 2407.08083.
 PUBLISHED = {"T": 4.4, "T2": 5.1, "S": 7.5, "B": 15.0, "L": 34.9, "L2": 37.5}
 
@@ -121,7 +125,7 @@ def said(err):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_macs_are_the_published(name, capsys):
+def test_macs_are_the_published(name):
     assert PUBLISHED_GMACS[f"mamba_vision_{name}"] == PUBLISHED[name]
     with torch.device("meta"):
         model = create_model(f"mamba_vision_{name}")
@@ -557,22 +561,36 @@ def test_doctor_on_a_gpu(capsys):
     assert re.search(r"mixer +float16 .* ok", out)
 
 
-@pytest.mark.parametrize("fault", (1.001, float("nan")), ids=str)
+RIGHT = ops.conv1d_silu
+
+
+def wrong_output(x, weight, bias):
+    return 1.001 * RIGHT(x, weight, bias)
+
+
+def one_lost_gradient(x, weight, bias):
+    bias = bias.clone()
+    bias.register_hook(lambda grad: torch.full_like(grad, float("nan")))
+    return RIGHT(x, weight, bias)
+
+
+@pytest.mark.parametrize("fault", (wrong_output, one_lost_gradient), ids=lambda f: f.__name__)
 def test_doctor_notices_a_wrong_operator(capsys, monkeypatch, fault):
-    right = ops.conv1d_silu
-    monkeypatch.setattr(ops, "conv1d_silu", lambda *a, **k: fault * right(*a, **k))
+    monkeypatch.setattr(ops, "conv1d_silu", fault)
     code, out, _ = run(capsys, "doctor", "--device", "cpu")
     assert code == 1 and "problem: wrong on cpu: conv1d_silu" in out
     assert len(re.findall("WRONG", out)) == 1
 
 
-def test_doctor_without_triton(tmp_path):
+def test_doctor_without_triton():
     """A Triton that cannot be imported is a finding, not a crash."""
     code = (
         "import sys; sys.modules['triton'] = None; from mambavision.cli import main;"
         "sys.exit(main(['doctor', '--device', 'cpu']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr
     assert re.search("PyTorch: mixer.*\n +it cannot be imported", done.stdout)
     assert re.search(r"problem: triton \S+ cannot be imported", done.stdout)
@@ -589,7 +607,7 @@ def test_help_teaches(name, capsys):
 
 def test_help_needs_no_torch():
     code = "import sys; import mambavision.cli; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)
 
 
 def test_shell_completion(tmp_path):
@@ -597,7 +615,7 @@ def test_shell_completion(tmp_path):
     line = "mambavision predict --featu"
     asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)),
              "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "found")}  # fmt: skip
-    subprocess.run([sys.executable, "-m", "mambavision"], env={**os.environ, **asked}, check=False)
+    subprocess.run([sys.executable, "-m", "mambavision"], env={**ENVIRONMENT, **asked}, check=False)
     found = (tmp_path / "found").read_text().split("\v")
     assert {name.strip() for name in found} == {"--features", "--features-size"}
 
@@ -609,3 +627,11 @@ def test_numbers_are_not_rounded_to_certainty():
     assert [amount(x, "B") for x in (999, 999.6, 1.5e6, 2.5e12)] == [
         "999 B", "1 kB", "1.5 MB", "2.5e+03 GB",
     ]  # fmt: skip
+
+
+def test_documented_code_runs(tmp_path):
+    """The Python of docs/tools.md, from top to bottom."""
+    text = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```py(?:thon)?\n(.*?)```", text, re.DOTALL))
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=ENVIRONMENT)
+    assert len(list((tmp_path / "pictures").iterdir())) == 362
