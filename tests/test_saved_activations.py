@@ -97,10 +97,9 @@ def fake():
 
 MODES = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False),
          "autocast": (torch.float32, True)}  # fmt: skip
-# Of what the published mixer keeps. Kept of ours are the input, xz, yz, dt_low, [B C] and the
-# states at chunks' starts in float32, which weigh twice as much beside 16-bit activations: the
-# Triton kernels keep them before every fourth step, the torch backend before every 14th or 7th.
-MOST = {("torch", 4): 0.75, ("torch", 2): 0.75, ("triton", 4): 0.75, ("triton", 2): 0.90}
+# Of what the published mixer keeps. Kept of ours are the input, xz, yz, dt_low and [B C]; the torch
+# backend also keeps the states before every 14th or 7th step, which the Triton kernels compute again.
+MOST = {"torch": 0.75, "triton": 0.60}
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))
@@ -115,8 +114,7 @@ def test_mixer(fake, backend, mode, d_model, seqlen):
     x = torch.empty(128, seqlen, d_model, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ratio = kept_bytes(mixer, x) / kept_bytes(PublishedMixer(mixer), x)
-    itemsize = 2 if autocast else dtype.itemsize
-    assert 0.4 < ratio <= MOST[backend, itemsize], f"{ratio:.3f}"
+    assert 0.4 < ratio <= MOST[backend], f"{ratio:.3f}"
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))
