@@ -36,9 +36,9 @@ CONFIGS = {
     "fwd": {"STEPS": 7, "BLOCK_L": 16, "BLOCK_D": 32, "num_warps": 2, "enable_fp_fusion": True},
     "bwd": {"STEPS": 7, "BLOCK_L": 16, "BLOCK_D": 32, "num_warps": 4, "enable_fp_fusion": True},
 }
-# Backward, beyond this number of programs each takes several blocks of runs: what a large GPU holds
-# at once, and the fewer partial sums.
-PROGRAMS = 640
+# Backward, beyond this number of programs each takes several blocks of runs: twice what a large GPU
+# holds at once, and fewer partial sums.
+PROGRAMS = 1024
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def runs_of(block, batch, seqlen, BLOCK_L: tl.constexpr, STEPS: tl.constexpr):
     row's step, and whether there is such a run."""
     # Divisions of 64 bits are subroutines; a grid has less than 2^31 blocks. BLOCK_L runs times
     # the runs of one sequence must fit as well, which 10^7 steps do
-    block = block.to(tl.int32)
+    block = tl.cast(block, tl.int32)
     runs = tl.cdiv(seqlen, STEPS)
     run = block % runs * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
     b = block // runs * BLOCK_L + run // runs
@@ -176,8 +176,8 @@ def convolve_bwd(
     sums = ()
     for _ in tl.static_range(WIDTH + (bias_ptr is not None)):
         sums = sums + (tl.zeros((BLOCK_L, BLOCK_D), tl.float32),)
-    for n in range(count):
-        row, t, mask_l = runs_of(first + n, batch, seqlen, BLOCK_L, STEPS)
+    for block in range(first, first + count):
+        row, t, mask_l = runs_of(block, batch, seqlen, BLOCK_L, STEPS)
         mask = mask_l & mask_d
         dys = load_run(
             dy_ptr, stride_dyl, row, t, mask, offs_d, seqlen, -right, STEPS - 1 + left
