@@ -129,6 +129,9 @@ def narrow_offsets(ttir: str, block_sizes: list[int]) -> list[str]:
             continue
         result, op, rest = assigned.groups()
         operands = set(re.findall(r"%\w+", rest))
+        # Branches beside each other use the same names
+        ids.discard(result)
+        counters.discard(result)
         if op == "tt.get_program_id":
             ids.add(result)
             continue
