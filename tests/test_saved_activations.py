@@ -97,8 +97,8 @@ def fake():
 
 MODES = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False),
          "autocast": (torch.float32, True)}  # fmt: skip
-# Of what the published mixer keeps. Kept of ours are the input, xz, yz, dt_low and [B C]; the torch
-# backend also keeps the states before every 14th or 7th step, which the Triton kernels compute again.
+# Of what the published mixer keeps. Kept of ours are the input, xz, yz, dt_low and [B C]; the
+# torch backend also keeps every 14th or 7th state, which the Triton kernels compute again.
 MOST = {"torch": 0.75, "triton": 0.60}
 
 
