@@ -269,7 +269,8 @@ def _(
     conv_x_bias, conv_z_bias, save_states, backend,
 ):  # fmt: skip
     (batch, seqlen, _), (dim, dt_rank), dstate = xz.shape, dt_proj_weight.shape, A.shape[1]
-    shape = _module(backend).states_shape(batch, seqlen, dim, dstate) if save_states else (0,)
+    keeps = save_states and backend == "torch"  # the kernels compute the states again
+    shape = torch_backend.states_shape(batch, seqlen, dim, dstate) if keeps else (0,)
     dtype = work_dtype(xz)
     BC = xz.new_empty(batch, seqlen, 2 * dstate, dtype=dtype)
     dt_low = xz.new_empty(batch, seqlen, dt_rank)
@@ -287,7 +288,7 @@ def _mixer_bwd(
         conv_x_bias, conv_z_bias,
     )  # fmt: skip
     module = _module(backend)
-    if not states.numel():
+    if backend == "torch" and not states.numel():
         states = module.mixer_fwd(*inputs, True)[3]
     return _given(module.mixer_bwd(dyz, *inputs, dt_low, BC, states))
 
@@ -462,7 +463,8 @@ def mixer(
     biases (dim,); x_proj_weight (dt_rank + 2 dstate, dim); dt_proj_weight (dim, dt_rank);
     A (dim, dstate), negative; D (dim,); delta_bias (dim,) is all that is added inside the softplus.
 
-    Any float dtypes; yz has xz's. Kept for the backward pass are xz, dt_low, B, C and a few states.
+    Any float dtypes; yz has xz's. Kept for the backward pass are xz, dt_low, B, C and, by the
+    PyTorch backend, a few states.
     Triton serves float32, float16, bfloat16 and dstate up to 64. Raises as `selective_scan` does.
     Source: Hatamizadeh and Kautz, arXiv 2407.08083, section 3.
 

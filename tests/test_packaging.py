@@ -81,7 +81,9 @@ def test_metadata(wheel):
     assert {re.split(r"[^\w-]", r)[0] for r in required} == {"torch", "einops", "triton"}
     (triton,) = (r for r in required if r.startswith("triton"))
     assert 'platform_system == "Linux"' in triton
-    extras = {"demo", "train", "transformers", "weights", "test", "dev"}
+    setup = (ROOT / "setup.py").read_text()
+    extras = {*re.findall(r'^    "(\w+)": \[', setup, re.MULTILINE), "dev"}
+    assert {"bench", "demo", "train", "transformers", "weights", "test"} < extras
     assert set(metadata.get_all("Provides-Extra")) == extras
     minors = [10, 11, 12, 13]
     for minor in minors:

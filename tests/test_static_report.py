@@ -20,10 +20,16 @@ REPORT = ROOT / "benchmarks" / "static_report.py"
 PROBES = ROOT / "tests" / "static_probes.py"
 
 BUDGET_VERSION = "3.7.1"
-# Issue slots per (batch, step, channel) at dstate 8, from counts of the first working kernels.
-FORWARD_SLOTS = 90
-FORWARD_SLOTS_ONE_CHANNEL_PER_LANE = 130
-BACKWARD_SLOTS = 350
+# Issue slots per (batch, step, channel) at dstate 8, by type of B and C and by full iterations.
+FORWARD_SLOTS = {
+    ("fp32", True): 73, ("fp32", False): 84, ("16 bit", True): 95, ("16 bit", False): 103
+}  # fmt: skip
+BACKWARD_SLOTS = {
+    ("fp32", True): 220, ("fp32", False): 240, ("16 bit", True): 236, ("16 bit", False): 252
+}  # fmt: skip
+GATE_SLOTS = 36  # more with the gate z, backward
+# Exchanges between lanes that the sums dB and dC of a step may take, of 2 x 8 values.
+BACKWARD_SHUFFLES = 16
 # Bytes per program: what every supported GPU has without asking for more.
 SHARED = 48 * 1024
 
@@ -81,29 +87,25 @@ def broken_budgets(rows: list[dict]) -> list[str]:
         lanes = row["mix"].get("shuffle", 0) + row["mix"].get("barrier", 0)
         if is_scan(row, "fwd") and row["dstate"] <= 16 and lanes:
             broken.append(f"shuffles or barriers in the step loop: {name(row)}")
-        if is_scan(row, "bwd") and row["dstate"] == 8 and row["slots"] > BACKWARD_SLOTS:
-            broken.append(f"{row['slots']} slots: {name(row)}")
-        if is_budgeted_forward(row) and row["slots"] > forward_budget(row):
-            broken.append(f"{row['slots']} slots: {name(row)}")
+        if row["slots"] > (allowed := allowed_slots(row)):
+            broken.append(f"{row['slots']} slots, {allowed} allowed: {name(row)}")
+        if is_scan(row, "bwd") and row["dstate"] == 8 and lanes > BACKWARD_SHUFFLES:
+            broken.append(f"{lanes} exchanges: {name(row)}")
     return broken
 
 
-def is_budgeted_forward(row: dict) -> bool:
-    """16-bit, with D, bias and softplus, without z, and neither a channel nor a step masked."""
-    return (
-        is_scan(row, "fwd")
-        and (row["mode"], row["dstate"]) == ("", 8)
-        and row["dtype"] != "float32"
-        and row["dim"] % row["constants"]["BLOCK_D"] == 0
-        and row["seqlen"] % row["constants"]["STEPS"] == 0
-    )
-
-
-def forward_budget(row: dict) -> int:
-    """One channel per lane pays for what two or more share: B, C, addresses and the loop."""
-    lanes = 32 * row["options"]["num_warps"]
-    one = row["constants"]["BLOCK_D"] <= lanes
-    return FORWARD_SLOTS_ONE_CHANNEL_PER_LANE if one else FORWARD_SLOTS
+def allowed_slots(row: dict) -> float:
+    """Of a scan at dstate 8 in 16 bit without reverse or states kept; anything else is free. One
+    lane holds one channel: where states lie over lanes, for a few channels, slots mean little."""
+    modes = row["mode"].split()
+    plain = row["dtype"] != "float32" and row["dstate"] == 8 and row["constants"]["BLOCK_D"] == 32
+    if not row["kernel"].startswith("scan") or not plain or set(modes) - {"z"}:
+        return float("inf")
+    B = "fp32" if row["op"] == "mixer" else "16 bit"
+    full = row["seqlen"] % row["constants"]["STEPS"] == 0
+    if is_scan(row, "bwd"):
+        return BACKWARD_SLOTS[B, full] + GATE_SLOTS * ("z" in modes)
+    return FORWARD_SLOTS[B, full] if not modes else float("inf")
 
 
 def expect_none(broken: list[str]) -> None:
@@ -141,17 +143,11 @@ def test_budgets_of_one_width(tmp_path):
         "rows"
     ]
     assert {row["op"] for row in rows} == {"selective_scan", "conv1d_silu", "mixer"}
-    # The best config is among them, not only one channel per lane.
-    assert any(is_budgeted_forward(row) and forward_budget(row) == FORWARD_SLOTS for row in rows)
+    budgeted = [row for row in rows if allowed_slots(row) < float("inf")]
+    assert {(row["op"], row["kernel"][:8]) for row in budgeted} >= {
+        ("mixer", "scan_fwd"), ("mixer", "scan_bwd"), ("selective_scan", "scan_fwd")
+    }  # fmt: skip
     expect_none(broken_rules(rows) + broken_budgets(rows))
-
-
-@budgets
-def test_forward_budget_at_one_channel_per_lane(tmp_path):
-    args = "--target sm_90 --dtype float16 --dim 320 --kernel scan_fwd --set BLOCK_D=32".split()
-    rows = [row for row in report(tmp_path / "r.json", *args)["rows"] if is_budgeted_forward(row)]
-    assert rows and all(forward_budget(r) == FORWARD_SLOTS_ONE_CHANNEL_PER_LANE for r in rows)
-    expect_none(broken_budgets(rows))
 
 
 @budgets
