@@ -98,7 +98,7 @@ FAULTS = [
         "selective_scan.py::test_float32[const-B]", "dB",
     ),
     Fault(
-        "reverse ignored", SCAN, "row = seqlen - 1 - row", "row = row + 0 * seqlen",
+        "reverse ignored", SCAN, "row = seqlen - 1 - row", "row = seqlen - 1 - 0 * row",
         "selective_scan.py::test_float32[reverse]", "y",
     ),
     Fault(
