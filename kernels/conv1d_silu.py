@@ -300,7 +300,9 @@ def conv1d_silu_bwd(dy, x, weight, bias, activation):
         dev.launch(_conv1d_silu_bwd_kernel, (programs * blocks_d,), args, CONFIGS["bwd"])
     sums = sums.sum(0)
     dweight = sums[:, :width].reshape(weight.shape).to(weight.dtype)
-    return dx, dweight, None if bias is None else sums[:, width].to(bias.dtype)
+    # A copy: the results of an operator may not share memory
+    dbias = None if bias is None else sums[:, width].to(bias.dtype, copy=True)
+    return dx, dweight, dbias
 
 
 class Conv1dSilu(torch.autograd.Function):

@@ -341,8 +341,7 @@ def mixer_bwd(
     dxz = xz.new_empty(batch, seqlen, 2 * dim)
     blocks, blocks_d = blocks_of("bwd", batch, seqlen, dim)
     count, programs = share_out(blocks, 2 * blocks_d)
-    bias = conv_x_bias is not None or conv_z_bias is not None
-    sums = dxz.new_empty(programs, 2, dim, max(widths) + bias, dtype=torch.float32)
+    sums = dxz.new_empty(programs, 2, dim, max(widths) + 1, dtype=torch.float32)
     if batch:
         tiles, _, tile, _ = _tile(batch, seqlen, dim, dt_rank, dstate, xz.element_size())
         args = (
@@ -375,17 +374,22 @@ def mixer_bwd(
     ddt_proj_weight = x.new_empty(dt_proj_weight.shape)
     torch.mm(ddelta.view(rows, dim).t(), low, out=ddt_proj_weight)
     sums_x, sums_z = sums.sum(0)
+
+    def own(part, like):
+        """In memory of its own: the results of an operator may not share any."""
+        return None if like is None else part.reshape(like.shape).to(like.dtype, copy=True)
+
     return (
         dxz,
-        sums_x[:, : widths[0]].reshape(conv_x_weight.shape).to(conv_x_weight.dtype),
-        sums_z[:, : widths[1]].reshape(conv_z_weight.shape).to(conv_z_weight.dtype),
+        own(sums_x[:, : widths[0]], conv_x_weight),
+        own(sums_z[:, : widths[1]], conv_z_weight),
         dx_proj_weight.to(x_proj_weight.dtype),
         ddt_proj_weight.to(dt_proj_weight.dtype),
         dA,
         dD,
         ddelta_bias,
-        None if conv_x_bias is None else sums_x[:, widths[0]].to(conv_x_bias.dtype),
-        None if conv_z_bias is None else sums_z[:, widths[1]].to(conv_z_bias.dtype),
+        own(sums_x[:, widths[0]], conv_x_bias),
+        own(sums_z[:, widths[1]], conv_z_bias),
     )
 
 
