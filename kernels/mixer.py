@@ -304,7 +304,7 @@ def mixer_fwd(
             conv_x_bias, conv_z_bias, yz, delta, dt_low, BC,
         )  # fmt: skip
     x = yz[..., :dim]
-    B, C = BC[..., :dstate], BC[..., dstate:]
+    B, C = BC.chunk(2, dim=-1)
     selective_scan_fwd(x, delta, A, B, C, D, None, delta_bias, None, True, False, False, y=x)
     return yz, dt_low, BC, BC.new_empty(0)
 

@@ -534,7 +534,7 @@ def selective_scan_fwd(
     last_state = u.new_empty(batch, dim, dstate, dtype=torch.float32)
     shape = states_shape(batch, seqlen, dim, dstate) if save_states else (0,)
     states = u.new_empty(shape, dtype=torch.float32)
-    grid = (batch * groups * triton.cdiv(dim // groups, constants[1]),)
+    grid = (batch * groups * -(-dim // groups // constants[1]),)
     if batch:
         args = (
             u, u.stride(0), u.stride(1),
@@ -608,7 +608,8 @@ def selective_scan_bwd(
         )  # fmt: skip
         dev.launch(_scan_bwd_kernel, (batch * blocks,), args, OPTIONS)
 
-    dA, dD, ddelta_bias = partial.sum(0).split((dim * dstate, dim, dim))
+    # One sum each: results that share memory are no results of an operator
+    dA, dD, ddelta_bias = (x.sum(0) for x in partial.split((dim * dstate, dim, dim), dim=1))
     dB, dC = (None if x is None else x.sum(0) for x in (dB, dC))
     if dBC is not None:
         # Over the blocks that share a row of B or C: those of a group, or all

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -104,7 +104,25 @@ def _choose(op: str, backend: str, dstate: int, *tensors: Tensor | None) -> str:
 
 
 def _module(backend: str) -> ModuleType:
-    return import_module("mambavision.kernels") if backend == "triton" else torch_backend
+    return cast(ModuleType, _kernels()) if backend == "triton" else torch_backend
+
+
+def _call(tensors: Sequence[Any], backend: str) -> tuple[Any, ...] | None:
+    """All that checks and the choice of a backend depend on, where tensors are plain ones."""
+    key: list[Any] = [backend]
+    for x in tensors:
+        if x is None:
+            key.append(None)
+        elif type(x) is Tensor or type(x) is torch.nn.Parameter:
+            key += (x.shape, x.dtype, x.device)
+        else:
+            return None
+    return tuple(key)
+
+
+# The backend of calls that passed the checks. To ask again costs more than all else that Python
+# does for a call, and a model asks the same few questions in every step.
+_settled: dict[tuple[Any, ...], str] = {}
 
 
 def _traced(x: Tensor) -> bool:
@@ -477,8 +495,17 @@ def mixer(
         xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias,
         conv_x_bias, conv_z_bias,
     )  # fmt: skip
-    check_mixer(*inputs)
-    backend = _choose("mixer", backend, A.shape[1], *inputs)
-    if _traced(xz):
+    traced = isinstance(xz, Tensor) and _traced(xz)
+    call = None if traced else _call(inputs, backend)
+    if call is not None and call in _settled:
+        backend = _settled[call]
+    else:
+        check_mixer(*inputs)
+        backend = _choose("mixer", backend, A.shape[1], *inputs)
+        if call is not None:
+            if len(_settled) > 4096:
+                _settled.clear()
+            _settled[call] = backend
+    if traced:
         return _mixer_fwd(*inputs, _save_states(*inputs), backend)[0]
     return _module(backend).mixer(*inputs[:8], conv_x_bias=conv_x_bias, conv_z_bias=conv_z_bias)
