@@ -24,11 +24,11 @@ are a tuple of them. Where BLOCK_D = 32 a lane owns a channel with all its state
 exchanges nothing between lanes; B_t and C_t are the same address for every lane, 16 bytes at a
 time. Above dstate 16, and for a few channels only, states lie side by side over lanes.
 
-A step's rows are used once, far from any cache, so what counts is latency. The loops run STEPS steps
-per iteration and ask the nearest cache for the rows of the iteration after the next. Forward, each
-step, once done, loads the same step of the next iteration into the registers that it has just left.
-Backward has no registers to spare and loads at the top, and stores and sums over lanes at the end,
-where those of all steps overlap. benchmarks/NOTES.md has what each of these brought.
+A step's rows are used once, far from any cache, so what counts is latency. The loops run STEPS
+steps per iteration and ask the nearest cache for the rows of the iteration after the next. Forward,
+each step, once done, loads the same step of the next iteration into the registers that it has just
+left. Backward has no registers to spare and loads at the top; it stores and sums over lanes at the
+end, where those of all steps overlap. benchmarks/NOTES.md has what each of these brought.
 
 In training the forward pass keeps the state before every STEPS steps (`states`); the backward pass
 re-runs these steps in registers and sweeps them in reverse. Sums over programs have two stages,
