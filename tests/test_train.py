@@ -464,7 +464,7 @@ def test_killed_at_any_time_and_resumed(shapes, finished, processes, tmp_path):
     kills = 0
     while True:
         process = launch(processes, chosen)
-        process.join(rng.uniform(0.2, 1.5) + 0.2 * kills)
+        process.join(rng.uniform(0.05, 0.35) + 0.15 * kills)
         if process.is_alive():
             kills += 1
             process.kill()
