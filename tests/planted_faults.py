@@ -164,7 +164,7 @@ FAULTS = [
     ),
     Fault(
         "B and C swapped in x_proj", MIXER,
-        "B, C = BC[..., :dstate], BC[..., dstate:]", "C, B = BC[..., :dstate], BC[..., dstate:]",
+        "B, C = BC.chunk(2, dim=-1)", "C, B = BC.chunk(2, dim=-1)",
         "mixer.py::test_float32[published]", "out",
     ),
     Fault(
