@@ -19,6 +19,7 @@ EXTRAS = {
     "bench": ["matplotlib>=3.8", "pytest-benchmark>=5", "timm>=1.0.31", "tqdm>=4.60"],
     "completion": ["argcomplete>=3"],
     "demo": ["matplotlib>=3.8", "scikit-learn>=1.4", "tqdm>=4.60"],
+    "timm": ["timm>=1.0.31"],
     "train": [
         "matplotlib>=3.8",
         "pyyaml>=6",

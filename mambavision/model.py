@@ -278,7 +278,7 @@ class MambaVision(nn.Module):
             )
         self.num_classes, self.global_pool = num_classes, pool
         self.arguments["num_classes"] = num_classes
-        like = next(self.norm.parameters())
+        like = next(self.parameters())
         self.head = self._new_head().to(device=like.device, dtype=like.dtype).train(self.training)
         if isinstance(self.head, nn.Linear):
             _initialise_linear(self.head)
