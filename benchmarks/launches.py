@@ -203,4 +203,8 @@ def shipped_cases() -> list[Case]:
         cases += [
             Case("selective_scan", call_selective_scan, dstate=n, dtype=dtype) for n in (16, 64)
         ]
+        # Few channels: one image, and a few
+        cases += [
+            Case("selective_scan", call_selective_scan, batch=n, dtype=dtype) for n in (1, 32)
+        ]
     return cases

@@ -86,6 +86,10 @@ def _eager(layout: torch.memory_format, model: nn.Module, dtype: torch.dtype) ->
     return eager.to(dtype=dtype, memory_format=layout)
 
 
+def _compiled_as_it_is(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return torch.compile(_plain(torch.channels_last, model, dtype))
+
+
 def _compiled(layout: torch.memory_format, model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if scan_for(model) is loop_scan:
         raise Unavailable("needs mamba-ssm's scan: compiling unrolls a loop over time")
@@ -109,8 +113,12 @@ WAYS = [
     Way("ours", "optimized", _optimized, torch.channels_last),
     Way("ours", "optimized, CUDA graph", partial(_optimized, cuda_graph=True), torch.channels_last,
         graph=False),
+    Way("ours", "compiled", _compiled_as_it_is, torch.channels_last, asked_as="compiled"),
     Way("ours", "optimized, compiled", partial(_optimized, compile=True), torch.channels_last,
         asked_as="compiled"),
+    Way("ours", "optimized, compiled, CUDA graph",
+        partial(_optimized, compile=True, cuda_graph=True), torch.channels_last,
+        asked_as="compiled", graph=False),
     *_in_layouts("eager", _eager),
     Way("compiled", "channels_last", partial(_compiled, torch.channels_last), torch.channels_last),
     *_in_layouts("no_scan", _no_scan, gated=False, default=False),

@@ -94,7 +94,7 @@ def prefetch(ptrs):
 @triton.jit
 def load_states(ptr, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
     """The dstate values of each channel of a (dim, dstate) tensor, a tuple of state registers."""
-    return to_float32(load_alike(ptr + offs_d[:, None] * dstate, offs_d, dstate, BLOCK_N))
+    return to_float32(load_alike(ptr + offs_d * dstate, offs_d, dstate, BLOCK_N))
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def load_alike(ptr, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
     values = ()
     for r in tl.static_range((dstate + BLOCK_N - 1) // BLOCK_N):
         offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        at = ptr + offs_n + offs_d[:, None] * 0
+        at = (ptr + offs_d * 0)[:, None] + offs_n
         if dstate % BLOCK_N == 0:
             values = values + (tl.load(at),)
         else:

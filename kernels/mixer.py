@@ -375,21 +375,20 @@ def mixer_bwd(
     torch.mm(ddelta.view(rows, dim).t(), low, out=ddt_proj_weight)
     sums_x, sums_z = sums.sum(0)
 
-    def own(part, like):
-        """In memory of its own: the results of an operator may not share any."""
-        return None if like is None else part.reshape(like.shape).to(like.dtype, copy=True)
+    def shaped(part, like):
+        return None if like is None else part.reshape(like.shape).to(like.dtype)
 
     return (
         dxz,
-        own(sums_x[:, : widths[0]], conv_x_weight),
-        own(sums_z[:, : widths[1]], conv_z_weight),
+        shaped(sums_x[:, : widths[0]], conv_x_weight),
+        shaped(sums_z[:, : widths[1]], conv_z_weight),
         dx_proj_weight.to(x_proj_weight.dtype),
         ddt_proj_weight.to(dt_proj_weight.dtype),
         dA,
         dD,
         ddelta_bias,
-        own(sums_x[:, widths[0]], conv_x_bias),
-        own(sums_z[:, widths[1]], conv_z_bias),
+        shaped(sums_x[:, widths[0]], conv_x_bias),
+        shaped(sums_z[:, widths[1]], conv_z_bias),
     )
 
 

@@ -20,15 +20,19 @@ Shapes: u, delta, z, y (batch, seqlen, dim); A (dim, dstate); B, C (batch, seqle
 
 Split: one warp owns one batch entry and BLOCK_D channels of one group, and walks the sequence. A
 state register is a tile (BLOCK_D, BLOCK_N), BLOCK_N states of every channel, and the dstate states
-are a tuple of them. Where BLOCK_D = 32 a lane owns a channel with all its states, so a forward step
+are a tuple of them. Where BLOCK_D = 32 a lane owns a channel with all its states, so a step
 exchanges nothing between lanes; B_t and C_t are the same address for every lane, 16 bytes at a
-time. Above dstate 16, and for a few channels only, states lie side by side over lanes.
+time. Above dstate 16 states lie side by side over lanes.
+
+A few channels make too few warps. Forward, the lanes of a program then share out SPLIT pieces of
+the sequence: each walks its piece twice, first from no state for the one that it leaves, which
+gives the states that enter the pieces, then from that for y.
 
 A step's rows are used once, far from any cache, so what counts is latency. The loops run STEPS
-steps per iteration and ask the nearest cache for the rows of the iteration after the next. Forward,
-each step, once done, loads the same step of the next iteration into the registers that it has just
-left. Backward has no registers to spare and loads at the top; it stores and sums over lanes at the
-end, where those of all steps overlap. benchmarks/NOTES.md has what each of these brought.
+steps per iteration. Forward, each step, once done, loads the same step of the next iteration into
+the registers that it has just left. Backward has no registers to spare: it asks the cache for the
+rows of the iteration after the next, loads at the top, and stores and sums over lanes at the end,
+where those of all steps overlap. benchmarks/NOTES.md has what each of these brought.
 
 In training the forward pass keeps the state before every STEPS steps (`states`); the backward pass
 re-runs these steps in registers and sweeps them in reverse. Sums over programs have two stages,
@@ -55,24 +59,26 @@ class Config(NamedTuple):
 
     dstate: int
     channels: float
-    STEPS: int
+    STEPS: tuple[int, ...]  # the first of those that walk the fewest steps
     BLOCK_D: int
     BLOCK_N: int
+    SPLIT: int
     why: str
 
 
 ANY = float("inf")
 # The first that serves a call. `make static-report` counts registers, spills and instructions.
 FORWARD = (
-    Config(8, 8192, 8, 4, 8, "few warps: 8 lanes a channel make 8 times as many, H200 28 % faster"),
-    Config(8, ANY, 8, 32, 4, "72 slots a step; the loads of 8 steps in flight"),
-    Config(16, ANY, 4, 32, 4, "twice the registers per step, so half the steps"),
-    Config(64, ANY, 2, 8, 16, "64 states fit no lane; 4 lanes a channel hold them"),
+    Config(8, 2048, (7, 4), 32, 4, 16, "16 times the warps for twice the work: one image in 9 us"),
+    Config(8, 8192, (7,), 32, 4, 4, "4 times the warps for twice the work: 20 us instead of 26"),
+    Config(8, ANY, (8, 7), 32, 4, 1, "70 slots a step; 7 divides windows of 7 x 7 and 14 x 14"),
+    Config(16, ANY, (4,), 32, 4, 1, "twice the registers per step, so half the steps"),
+    Config(64, ANY, (2,), 8, 16, 1, "64 states fit no lane; 4 lanes a channel hold them"),
 )
 BACKWARD = (
-    Config(8, ANY, 4, 32, 4, "216 slots a step; 7 steps take 16 s to compile"),
-    Config(16, ANY, 2, 32, 4, "twice the registers per step, so half the steps"),
-    Config(64, ANY, 2, 4, 16, "64 states fit no lane; 8 lanes a channel hold them"),
+    Config(8, ANY, (4,), 32, 4, 1, "216 slots a step; 7 steps take 16 s to compile"),
+    Config(16, ANY, (2,), 32, 4, 1, "twice the registers per step, so half the steps"),
+    Config(64, ANY, (2,), 4, 16, 1, "64 states fit no lane; 8 lanes a channel hold them"),
 )
 # One warp per program: a channel's work is sequential, more warps help only by number. Fusing
 # a * b + c is a quarter of the arithmetic, and Triton releases differ in their default. Left alone,
@@ -89,39 +95,44 @@ def _config(table, channels, dstate):
 
 @cache
 def _forward_constants(batch, seqlen, dim, groups, dstate, save_states):
-    """STEPS, BLOCK_D, BLOCK_N, EVEN_L, EVEN_D, PREFETCH of a launch."""
+    """STEPS, BLOCK_D, BLOCK_N, SPLIT, EVEN_L, EVEN_D of a launch."""
     config = _config(FORWARD, ANY if save_states else batch * dim, dstate)
-    steps = config.STEPS
     if save_states:
-        steps = _config(BACKWARD, ANY, dstate).STEPS
-    elif steps == 8 and seqlen % 7 == 0:
-        steps = 7  # divides 14 x 14 and 7 x 7 windows: no masks
-    return _constants(config, steps, seqlen, dim // groups, dstate)
+        # A state for each run of steps that the backward pass takes
+        config = config._replace(STEPS=_config(BACKWARD, ANY, dstate).STEPS)
+    return _constants(config, seqlen, dim // groups, dstate)
 
 
 @cache
 def _backward_constants(seqlen, dim, groups, dstate):
-    config = _config(BACKWARD, ANY, dstate)
-    return _constants(config, config.STEPS, seqlen, dim // groups, dstate)
+    """As above, and PREFETCH."""
+    return *_constants(_config(BACKWARD, ANY, dstate), seqlen, dim // groups, dstate), dev.PREFETCH
 
 
-def _constants(config, steps, seqlen, group_dim, dstate):
+def _constants(config, seqlen, group_dim, dstate):
+    walked = {n: triton.cdiv(seqlen, config.SPLIT * n) * config.SPLIT * n for n in config.STEPS}
+    steps = min(walked, key=walked.get)
     block_n = min(config.BLOCK_N, triton.next_power_of_2(dstate))
-    even = seqlen % steps == 0, group_dim % config.BLOCK_D == 0
-    return steps, config.BLOCK_D, block_n, *even, dev.PREFETCH
+    # Masks are cheap next to a machine code more
+    even_l = config.SPLIT == 1 and walked[steps] == seqlen
+    even_d = group_dim % (config.BLOCK_D // config.SPLIT) == 0
+    return steps, config.BLOCK_D, block_n, config.SPLIT, even_l, even_d
 
 
 @triton.jit
-def _owned_channels(dim, group_dim, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
+def _owned_channels(
+    dim, group_dim, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, EVEN_D: tl.constexpr
+):
     """Batch entry, channel block, group, channels and which of them are this program's. Everything
     lies on grid axis 0, and the program id is 64 bits wide before it meets a stride: neither 65,535
     batch entries nor 2^31 elements are a limit. Lanes without a channel read their group's last."""
     pid = tl.program_id(0).to(tl.int64)
-    blocks_per_group = tl.cdiv(group_dim, BLOCK_D)
+    WIDTH: tl.constexpr = BLOCK_D // SPLIT
+    blocks_per_group = tl.cdiv(group_dim, WIDTH)
     blocks = (dim // group_dim) * blocks_per_group
     block = pid % blocks
     group = block // blocks_per_group
-    offs_in_group = (block % blocks_per_group) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_in_group = (block % blocks_per_group) * WIDTH + tl.arange(0, BLOCK_D) % WIDTH
     mask_d = tl.full((BLOCK_D,), True, tl.int1)
     if not EVEN_D:
         mask_d = offs_in_group < group_dim
@@ -185,6 +196,52 @@ def _channels_ahead(offs_d, STEPS: tl.constexpr):
     return tl.minimum(tl.min(offs_d, axis=0) + spread, tl.max(offs_d, axis=0))
 
 
+@triton.jit
+def _next_state(h, A, B_t, dt, dtu):
+    """exp(dt A) h + dt B u."""
+    h_next = ()
+    for r in tl.static_range(len(A)):
+        decay = tl.exp2((dt * LOG2E)[:, None] * A[r])
+        h_next = h_next + (decay * h[r] + dtu[:, None] * B_t[r],)
+    return h_next
+
+
+@triton.jit
+def _only(h, mask):
+    """h where the mask holds, 0 elsewhere."""
+    values = ()
+    for r in tl.static_range(len(h)):
+        values = values + (tl.where(mask[:, None], h[r], 0.0),)
+    return values
+
+
+@triton.jit
+def _lane_before(tile, DISTANCE: tl.constexpr):
+    """Rows of a (BLOCK_D, BLOCK_N) tile, DISTANCE lanes further up."""
+    lanes = tl.maximum(tl.arange(0, tile.shape[0]) - DISTANCE, 0)
+    return tl.gather(tile, lanes[:, None] + tl.zeros(tile.shape, tl.int32), 0)
+
+
+@triton.jit
+def _state_before_piece(h0, h, A, total, piece, SPLIT: tl.constexpr):
+    """The state that enters each piece, h0 the first one, from what each leaves of no state (the
+    first: of h0), h, and the sum of its steps. Over a piece a state x becomes exp(total A) x + h;
+    these maps are composed over 2, 4, 8, ... pieces."""
+    WIDTH: tl.constexpr = piece.shape[0] // SPLIT
+    entering = ()
+    for r in tl.static_range(len(A)):
+        decay, left = tl.exp2((total * LOG2E)[:, None] * A[r]), h[r]
+        for s in tl.static_range(5):
+            if 1 << s < SPLIT:
+                before, composed = _lane_before(left, WIDTH << s), _lane_before(decay, WIDTH << s)
+                # No state stays none, also where the decay overflows
+                more = (piece >= 1 << s)[:, None]
+                left += tl.where(more & (before != 0.0), decay * before, 0.0)
+                decay *= tl.where(more, composed, 1.0)
+        entering = entering + (tl.where((piece == 0)[:, None], h0[r], _lane_before(left, WIDTH)),)
+    return entering
+
+
 # Not compiled anew for each: sizes, and strides that no wide load follows
 GENERIC = ["batch", "seqlen", "stride_ub", "stride_deltab", "stride_zb", "stride_yb", "stride_dyb"]
 
@@ -206,10 +263,10 @@ def _scan_fwd_kernel(
     seqlen, dim: tl.constexpr, group_dim: tl.constexpr,
     dstate: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
     DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN_L: tl.constexpr, EVEN_D: tl.constexpr, PREFETCH: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    EVEN_L: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    b, _, group, offs_d, mask_d = _owned_channels(dim, group_dim, BLOCK_D, EVEN_D)
+    b, _, group, offs_d, mask_d = _owned_channels(dim, group_dim, BLOCK_D, SPLIT, EVEN_D)
     u_ptr += b * stride_ub
     delta_ptr += b * stride_deltab
     y_ptr += b * stride_yb
@@ -228,11 +285,33 @@ def _scan_fwd_kernel(
     delta_bias = dev.load_vector(delta_bias_ptr, offs_d)
     h = dev.load_first(initial_state_ptr, b, A, offs_d, dim, dstate, BLOCK_N)
 
-    ahead_d = _channels_ahead(offs_d, STEPS)
+    start, length = 0, seqlen
+    if SPLIT > 1:
+        # Each lane walks a piece of the sequence, first for the state that it leaves
+        length = tl.cdiv(seqlen, SPLIT * STEPS) * STEPS
+        piece = tl.arange(0, BLOCK_D) // (BLOCK_D // SPLIT)
+        start = piece * length
+        h0, h = h, _only(h, piece == 0)
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        for walked in range(0, length, STEPS):
+            t0 = start + walked
+            first = _row(t0, seqlen, REVERSE)
+            for i in tl.static_range(STEPS):
+                rest = _behind(i, t0, seqlen, EVEN_L, REVERSE)
+                u = _load_row(u_ptr, stride_ul, first, rest, offs_d).to(tl.float32)
+                delta = _load_row(delta_ptr, stride_deltal, first, rest, offs_d).to(tl.float32)
+                dt = _step_size(delta, delta_bias, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
+                total += dt
+                if not CONST_B:
+                    at = B_ptr + first * stride_Bl + rest * stride_Bl
+                    B_t = dev.to_float32(dev.load_alike(at, offs_d, dstate, BLOCK_N))
+                h = _next_state(h, A, B_t, dt, dt * u)
+        h = _state_before_piece(h0, h, A, total, piece, SPLIT)
+
     us, deltas, zs, Bs, Cs = (), (), (), (), ()
-    first = _row(0, seqlen, REVERSE)
+    first = _row(start, seqlen, REVERSE)
     for i in tl.static_range(STEPS):
-        row = first + _behind(i, 0, seqlen, EVEN_L, REVERSE)
+        row = first + _behind(i, start, seqlen, EVEN_L, REVERSE)
         us = us + (tl.load(u_ptr + row * stride_ul + offs_d),)
         deltas = deltas + (tl.load(delta_ptr + row * stride_deltal + offs_d),)
         if z_ptr is not None:
@@ -241,21 +320,12 @@ def _scan_fwd_kernel(
             Bs = Bs + (dev.load_alike(B_ptr + row * stride_Bl, offs_d, dstate, BLOCK_N),)
         if not CONST_C:
             Cs = Cs + (dev.load_alike(C_ptr + row * stride_Cl, offs_d, dstate, BLOCK_N),)
-    for t0 in range(0, seqlen, STEPS):
+    for walked in range(0, length, STEPS):
+        t0 = start + walked
         if states_ptr is not None:
             chunk = b * tl.cdiv(seqlen, STEPS) + t0 // STEPS
             at = states_ptr + chunk * dim * dstate
             dev.store_states(at, h, offs_d, mask_d, dstate, BLOCK_N)
-        if PREFETCH:
-            rows = _rows_from(t0 + 2 * STEPS, seqlen, STEPS, REVERSE)
-            dev.prefetch(u_ptr + rows * stride_ul + ahead_d)
-            dev.prefetch(delta_ptr + rows * stride_deltal + ahead_d)
-            if z_ptr is not None:
-                dev.prefetch(z_ptr + rows * stride_zl + ahead_d)
-            if not CONST_B:
-                dev.prefetch(B_ptr + rows * stride_Bl)
-            if not CONST_C:
-                dev.prefetch(C_ptr + rows * stride_Cl)
         # The last iteration loads rows of its own again
         t1 = tl.minimum(t0 + STEPS, seqlen - (STEPS if EVEN_L else 1))
         first = _row(t1, seqlen, REVERSE)
@@ -264,15 +334,11 @@ def _scan_fwd_kernel(
             u = us[i].to(tl.float32)
             delta = deltas[i].to(tl.float32)
             dt = _step_size(delta, delta_bias, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
-            dtu, dt = (dt * u)[:, None], (dt * LOG2E)[:, None]
             if not CONST_B:
                 B_t = dev.to_float32(Bs[i])
             if not CONST_C:
                 C_t = dev.to_float32(Cs[i])
-            h_next = ()
-            for r in tl.static_range(len(A)):
-                h_next = h_next + (tl.exp2(dt * A[r]) * h[r] + dtu * B_t[r],)
-            h = h_next
+            h = _next_state(h, A, B_t, dt, dt * u)
             y = dev.dot_states(h, C_t) + D * u
             if z_ptr is not None:
                 y *= dev.silu(zs[i].to(tl.float32))
@@ -301,6 +367,8 @@ def _scan_fwd_kernel(
             dev.store(y_ptr + first * stride_yl + offs_d + rest * stride_yl, ys[i], mask)
 
     last_state_ptr += b * dim * dstate
+    if SPLIT > 1:
+        mask_d = mask_d & (piece == SPLIT - 1)
     dev.store_states(last_state_ptr, h, offs_d, mask_d, dstate, BLOCK_N)
 
 
@@ -328,10 +396,10 @@ def _scan_bwd_kernel(
     batch, seqlen, dim: tl.constexpr, group_dim: tl.constexpr,
     dstate: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
     DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     EVEN_L: tl.constexpr, EVEN_D: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    b, block, group, offs_d, mask_d = _owned_channels(dim, group_dim, BLOCK_D, EVEN_D)
+    b, block, group, offs_d, mask_d = _owned_channels(dim, group_dim, BLOCK_D, SPLIT, EVEN_D)
     chunks = tl.cdiv(seqlen, STEPS)
     dy_ptr += b * stride_dyb
     du_ptr += b * seqlen * dim
@@ -512,7 +580,7 @@ def _by_step(B, seqlen):
 
 def states_shape(batch, seqlen, dim, dstate):
     """What the forward pass keeps: the state before every run of steps that is run again."""
-    return batch, triton.cdiv(seqlen, _config(BACKWARD, ANY, dstate).STEPS), dim, dstate
+    return batch, triton.cdiv(seqlen, _config(BACKWARD, ANY, dstate).STEPS[0]), dim, dstate
 
 
 def selective_scan_fwd(
@@ -535,7 +603,7 @@ def selective_scan_fwd(
     last_state = u.new_empty(batch, dim, dstate, dtype=torch.float32)
     shape = states_shape(batch, seqlen, dim, dstate) if save_states else (0,)
     states = u.new_empty(shape, dtype=torch.float32)
-    grid = (batch * groups * -(-dim // groups // constants[1]),)
+    grid = (batch * groups * triton.cdiv(dim // groups, constants[1] // constants[3]),)
     if batch:
         args = (
             u, u.stride(0), u.stride(1),
@@ -609,8 +677,7 @@ def selective_scan_bwd(
         )  # fmt: skip
         dev.launch(_scan_bwd_kernel, (batch * blocks,), args, OPTIONS)
 
-    # One sum each: results that share memory are no results of an operator
-    dA, dD, ddelta_bias = (x.sum(0) for x in partial.split((dim * dstate, dim, dim), dim=1))
+    dA, dD, ddelta_bias = partial.sum(0).split((dim * dstate, dim, dim))
     dB, dC = (None if x is None else x.sum(0) for x in (dB, dC))
     if dBC is not None:
         # Over the blocks that share a row of B or C: those of a group, or all

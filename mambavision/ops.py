@@ -151,7 +151,15 @@ def _op(name: str) -> Callable[..., Any]:
 
 
 def _given(results: tuple[Tensor | None, ...]) -> list[Tensor]:
-    return [x.contiguous() for x in results if x is not None]
+    """In memory of their own, as an operator's results have to be."""
+    given = [x.contiguous() for x in results if x is not None]
+    seen: set[int] = set()
+    for i, x in enumerate(given):
+        memory = x.untyped_storage().data_ptr()
+        if memory in seen:
+            given[i] = x.clone()
+        seen.add(memory)
+    return given
 
 
 def _back(grads: list[Tensor], arguments: Sequence[Any]) -> list[Tensor | None]:

@@ -66,9 +66,24 @@ FAULTS = [
     ),
     Fault(
         "B and C swapped", SCAN, 
-        "h = h_next\n            y = dev.dot_states(h, C_t)",
-        "h = h_next\n            y = dev.dot_states(h, B_t)",
+        "dt, dt * u)\n            y = dev.dot_states(h, C_t)",
+        "dt, dt * u)\n            y = dev.dot_states(h, B_t)",
         "selective_scan.py::test_float32[one-full-block]", "y",
+    ),
+    Fault(
+        "piece entered by its own state", SCAN,
+        "h0[r], _lane_before(left, WIDTH))", "h0[r], left)",
+        "selective_scan.py::test_without_gradients[16-initial-state]", "y",
+    ),
+    Fault(
+        "decays of earlier pieces not composed", SCAN,
+        "decay *= tl.where(more, composed, 1.0)", "decay *= tl.where(more, 1.0, 1.0)",
+        "selective_scan.py::test_without_gradients[16-length-196]", "y",
+    ),
+    Fault(
+        "first piece begins without the initial state", SCAN,
+        "h0, h = h, _only(h, piece == 0)", "h0, h = h, _only(h, piece < 0)",
+        "selective_scan.py::test_without_gradients[4-initial-state]", "y",
     ),
     Fault(
         "dB taken for dC", SCAN, "over_all)[..., dstate:]", "over_all)[..., :dstate]",

@@ -282,10 +282,11 @@ def test_compile_passes_stem_and_stages_through_the_compiler():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
-def test_cuda_graphs(dtype):
+@pytest.mark.parametrize("compile", (False, True), ids=("eager", "compiled"))
+def test_cuda_graphs(dtype, compile):
     model = small(layer_scale=0.5).cuda()
     optimized = model.optimize_for_inference(dtype)
-    graphed = model.optimize_for_inference(dtype, cuda_graph=True)
+    graphed = model.optimize_for_inference(dtype, cuda_graph=True, compile=compile)
     for x in (images(2, 3, 64, 64), images(1, 3, 50, 75), images(2, 3, 64, 64) + 1):
         x = x.to("cuda", dtype)
         first, second = graphed(x), graphed(x + 1)
@@ -307,8 +308,6 @@ def test_refuses_to_begin():
         part.optimize_for_inference()
     with pytest.raises(RuntimeError, match="CUDA device, got cpu"):
         model.optimize_for_inference(cuda_graph=True)
-    with pytest.raises(ValueError, match="not both"):
-        model.optimize_for_inference(compile=True, cuda_graph=True)
     with pytest.raises(TypeError, match=r"floating-point torch\.dtype, got torch.int8"):
         model.optimize_for_inference(torch.int8)
     with pytest.raises(TypeError, match="must be a MambaVision, got Linear"):

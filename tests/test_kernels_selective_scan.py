@@ -1,5 +1,7 @@
 """kernels/selective_scan.py against the reference: values and every gradient, by name."""
 
+import importlib
+
 import pytest
 import torch
 from cases import (
@@ -29,7 +31,10 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mambavision import reference
+
 kernels = pytest.importorskip("mambavision.kernels", reason="needs Triton")
+module = importlib.import_module("mambavision.kernels.selective_scan")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = SHAPES + MODES + STATES + LENGTHS + LAYOUTS + VALUES
@@ -75,6 +80,44 @@ def test_16_bit(case, dtype):
 @pytest.mark.parametrize("case", MIXED, ids=ids(MIXED))
 def test_mixed_dtypes(case):
     check(case, HALF)
+
+
+@pytest.fixture(params=sorted({config.SPLIT for config in module.FORWARD}))
+def split(request, monkeypatch):
+    """Every forward pass in so many pieces, however many channels there are."""
+    table = [c._replace(channels=module.ANY) for c in module.FORWARD]
+    table = [c for c in table if c.SPLIT == request.param or c.dstate > 8]
+    monkeypatch.setattr(module, "FORWARD", tuple(table))
+    module._forward_constants.cache_clear()
+    yield request.param
+    module._forward_constants.cache_clear()
+
+
+WITHOUT_GRADIENTS = FAST + [case for case in LONG if case.seqlen in (128, 196, 197)]
+
+
+@pytest.mark.parametrize("case", WITHOUT_GRADIENTS, ids=ids(WITHOUT_GRADIENTS))
+def test_without_gradients(case, split):
+    tensors = scan_inputs(case, device=DEVICE)
+    found, own, exact = (
+        dict(zip(("y", "last_state"), op(**x, **case.flags, return_last_state=True), strict=True))
+        for op, x in (
+            (kernels.selective_scan, tensors),
+            (reference.selective_scan, tensors),
+            (reference.selective_scan, {name: x.double() for name, x in tensors.items()}),
+        )
+    )
+    assert_close(found, own, exact, tolerances=TOLERANCES if DEVICE == "cuda" else INTERPRETED)
+
+
+@pytest.mark.parametrize("A", (2.0, -2.0))
+def test_no_state_stays_none_where_decays_overflow(A, split):
+    """Twice 100 steps of size 1: exp(200) is no float32, and nothing to multiply by it is there."""
+    u = torch.zeros(1, 200, 4, device=DEVICE)
+    B = torch.ones(1, 200, 2, device=DEVICE)
+    delta, states = torch.ones_like(u), torch.full((4, 2), A, device=DEVICE)
+    y, h = kernels.selective_scan(u, delta, states, B, B, return_last_state=True)
+    assert not y.any() and not h.any()
 
 
 def scan(tensors, **flags):

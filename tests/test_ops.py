@@ -179,6 +179,18 @@ def test_opcheck_with_triton(op):
     torch.library.opcheck(getattr(custom, f"{op}_bwd"), detached)
 
 
+@pytest.mark.parametrize("backend", ("triton", "torch"))
+@pytest.mark.parametrize("op", OPS)
+def test_an_operators_gradients_share_no_memory(op, backend):
+    """The kernels make several sums in one tensor; a registered operator may not return views."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    _, backward = positional(op, backend=backend)
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in backward]
+    grads = getattr(custom, f"{op}_bwd")(*detached)
+    assert len({x.untyped_storage().data_ptr() for x in grads}) == len(grads) > 2
+
+
 def test_compile_reaches_every_gradient_of_the_state():
     torch._dynamo.reset()
     tensors = scan_inputs(SCAN)

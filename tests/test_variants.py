@@ -29,7 +29,7 @@ print(max(len(keys) for keys in kernels.values()), dict((k, len(v)) for k, v in 
 
 @pytest.mark.parametrize("op", ("selective_scan", "conv1d_silu", "mixer"))
 def test_twenty_batch_sizes_and_lengths_take_few_variants(op):
-    """At most 8 of each kernel: 3 by length, twice where a forward pass keeps states or not."""
+    """At most 8 of each kernel: 4 by length, 3 for few channels, 2 where states are kept."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     found = subprocess.run(
         [sys.executable, "-c", COUNT.format(op=op)],
