@@ -1,10 +1,9 @@
-"""mambavision.timm with timm itself: registry, published model checks, weights, training scripts."""
+"""mambavision.timm with timm itself: registry, its model checks, weights, training scripts."""
 
 import copy
 import math
 import os
 import pickle
-import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -311,11 +310,10 @@ def test_symbolic_trace(training):
 
 
 def test_drop_path_and_dropout():
-    rates = [
-        m.drop_prob for m in tiny(drop_path_rate=0.7).modules() if hasattr(m, "drop_prob")
-    ]
+    rates = [m.drop_prob for m in tiny(drop_path_rate=0.7).modules() if hasattr(m, "drop_prob")]
     torch.testing.assert_close(rates, torch.linspace(0, 0.7, 8).tolist())
-    assert {m.p for m in tiny(drop_rate=0.25).modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
+    dropouts = [m for m in tiny(drop_rate=0.25).modules() if isinstance(m, torch.nn.Dropout)]
+    assert {m.p for m in dropouts} == {0.25}
     model = tiny(drop_path_rate=0.9, drop_rate=0.5)
     assert not torch.equal(model(images()), model(images()))
     model.eval()
@@ -472,10 +470,278 @@ def test_weights_that_timm_finds(tmp_path):
         assert type(again) is ours.TimmMambaVision and again.num_classes == 5
         same_weights(again, source)
 
-    torch.save({"state_dict": {f"module.{k}": x for k, x in source.state_dict().items()}}, "m.pth")
-    same_weights(tiny(num_classes=5, checkpoint_path="m.pth"), source)
+    path = str(tmp_path / "m.pth")
+    torch.save({"state_dict": {f"module.{k}": x for k, x in source.state_dict().items()}}, path)
+    same_weights(tiny(num_classes=5, checkpoint_path=path), source)
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_published_weights_from_the_hub_cache(tmp_path):
+    """The layout of huggingface_hub's cache, and then no network."""
+    torch.manual_seed(0)
+    source = create_model("mamba_vision_T").half()
+    home = tmp_path / "hub" / "models--nvidia--MambaVision-T-1K"
+    files = home / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    files.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(files.name)
+    state = {f"model.{k}": x for k, x in source.state_dict().items()}
+    save_file(state, files / "model.safetensors")
+    done = run(
+        f"""
+import timm, mambavision.timm
+def show(**kwargs):
+    model = timm.create_model("mamba_vision_T", pretrained=True, **kwargs)
+    model = getattr(model, "model", model)
+    print(model.levels[3].blocks[0].mixer.D.sum().item(), model.num_classes)
+show()
+show(num_classes=3)
+show(features_only=True)
+show(cache_dir={str(tmp_path / "hub")!r})
+try:
+    timm.create_model("mamba_vision_S", pretrained=True)
+except RuntimeError as error:
+    print(error)
+""",
+        HF_HOME=str(tmp_path),
+        HF_HUB_OFFLINE="1",
+    )
+    D = source.levels[3].blocks[0].mixer.D.float().sum().item()
+    *found, offline = done.stdout.splitlines()
+    assert found == [f"{D} {classes}" for classes in (1000, 3, 0, 1000)]
+    assert "nvidia/MambaVision-S-1K cannot be fetched (offline" in offline
+    assert done.stderr.count("CC-BY-NC-SA") == 1
+
+
+# Optimizers
+
+
+def test_layer_decay():
+    model = tiny(num_classes=5)
+    layers = group_parameters(model, model.group_matcher())
+    tops = [{".".join(name.split(".")[:4]) for name in layers[i]} for i in range(len(layers))]
+    blocks = [(stage, block) for stage in range(4) for block in range(TINY.depths[stage])]
+    expected = [f"levels.{stage}.blocks.{block}" for stage, block in blocks]
+    assert all(name.startswith("patch_embed.") for name in layers[0])
+    for found, block in zip(tops[1:-1], expected, strict=True):
+        assert block in found
+    between = {
+        name for block, names in zip(expected, tops[1:-1], strict=True) for name in names - {block}
+    }
+    assert between == {f"levels.{s}.downsample.reduction" for s in range(3)} | {
+        "norm.weight", "norm.bias",
+    }  # fmt: skip
+    assert "levels.1.downsample.reduction" in tops[3]
+    assert layers[len(layers) - 1] == ["head.weight", "head.bias"]
+    coarse = group_parameters(model, model.group_matcher(coarse=True))
+    assert len(coarse) == 6 and "norm.weight" in coarse[4]
+
+    optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
+    names = {p: n for n, p in model.named_parameters()}
+    scale = {
+        names[p]: (group["lr_scale"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert set(scale) == set(names.values())
+    assert scale["head.weight"] == (1.0, 0.05) and scale["head.bias"] == (1.0, 0.0)
+    assert scale["norm.weight"] == (0.5, 0.0)
+    assert scale["patch_embed.conv_down.0.weight"] == (0.5**9, 0.05)
+    assert scale["levels.2.blocks.0.mixer.A_log"] == (0.5**5, 0.0)
+    assert scale["levels.2.blocks.0.mixer.in_proj.weight"] == (0.5**5, 0.05)
+
+
+@pytest.mark.parametrize("opt", ("adamw", "lamb", "sgd", "muon"))
+def test_no_weight_decay(opt):
+    model = tiny(num_classes=5)
+    optimizer = create_optimizer_v2(model, opt, lr=1e-3, weight_decay=0.05)
+    names = {p: n for n, p in model.named_parameters()}
+    still = {names[p] for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
+    assert still == model.no_weight_decay()
+    assert "levels.2.blocks.0.mixer.A_log" in still and "levels.0.blocks.0.gamma" not in still
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model(images()).square().mean().backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not torch.equal(before["head.weight"], model.head.weight)
+
+
+# Scripts in the manner of timm's train.py and validate.py
+
+ARGS = Namespace(
+    model="mamba_vision_tiny", num_classes=2, in_chans=None, drop=0.0, drop_path=0.1,
+    drop_block=None, gp=None, bn_momentum=None, bn_eps=None, torchscript=False,
+    img_size=None, input_size=None, crop_pct=None, interpolation="", mean=None, std=None,
+    opt="adamw", opt_eps=None, opt_betas=None, lr=1e-3, weight_decay=0.05, momentum=0.9,
+    layer_decay=0.8, clip_grad=1.0, clip_mode="norm",
+    sched="cosine", epochs=3, warmup_epochs=1, warmup_lr=1e-5, min_lr=0.0, cooldown_epochs=0,
+    aa="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1,
+)  # fmt: skip
+
+
+def picture_folder(root):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 4)):
+        for label, channel in (("blue", 2), ("red", 0)):
+            (root / part / label).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 120, (70, 80, 3))
+                pixels[..., channel] += 120
+                image = Image.fromarray(pixels.astype(np.uint8))
+                image.save(root / part / label / f"{index}.png")
+    return root
+
+
+def script_model(args, **kwargs):
+    return timm.create_model(
+        args.model, pretrained=False, num_classes=args.num_classes, in_chans=3,
+        drop_rate=args.drop, drop_path_rate=args.drop_path, drop_block_rate=args.drop_block,
+        global_pool=args.gp, bn_momentum=args.bn_momentum, bn_eps=args.bn_eps,
+        scriptable=args.torchscript, **kwargs,
+    )  # fmt: skip
+
+
+def script_loader(config, root, part, **kwargs):
+    dataset = create_dataset("", root=root, split=part, is_training=part == "train")
+    return create_loader(
+        dataset, config["input_size"], 4, is_training=part == "train", use_prefetcher=False,
+        interpolation=config["interpolation"], mean=config["mean"], std=config["std"],
+        crop_pct=config["crop_pct"], crop_mode=config["crop_mode"], num_workers=0, **kwargs,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def script_validate(model, loader):
+    model.eval()
+    top1 = AverageMeter()
+    for x, target in loader:
+        top1.update(accuracy(model(x), target, topk=(1,))[0].item(), len(x))
+    return top1.avg
+
+
+def test_training_scripts(tmp_path):
+    data = picture_folder(tmp_path / "data")
+    torch.manual_seed(0)
+    model = script_model(ARGS)
+    model.set_grad_checkpointing(enable=True)
+    config = resolve_data_config(vars(ARGS), model=model)
+    assert config["input_size"] == (3, 64, 64) and config["crop_mode"] == "squash"
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=ARGS))
+    ema, scaler = ModelEmaV3(model, decay=0.5), NativeScaler(device="cpu")
+    train = script_loader(
+        config, data, "train", re_prob=ARGS.reprob, color_jitter=0.4, auto_augment=ARGS.aa
+    )
+    val = script_loader(config, data, "val")
+    assert (len(train), len(val.dataset)) == (4, 8)
+    mixup = Mixup(
+        mixup_alpha=ARGS.mixup, cutmix_alpha=ARGS.cutmix, label_smoothing=ARGS.smoothing,
+        num_classes=ARGS.num_classes,
+    )  # fmt: skip
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(ARGS), updates_per_epoch=len(train)
+    )
+    saver = CheckpointSaver(
+        model, optimizer, args=ARGS, model_ema=ema, amp_scaler=scaler, checkpoint_dir=tmp_path,
+        recovery_dir=tmp_path,
+    )  # fmt: skip
+    loss_function = SoftTargetCrossEntropy()
+    before = copy.deepcopy(model.state_dict())
+    for epoch in range(epochs):
+        model.train()
+        for x, target in train:
+            x, target = mixup(x, target)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_function(model(x).float(), target)
+            assert loss.isfinite()
+            optimizer.zero_grad()
+            scaler(
+                loss, optimizer, clip_grad=ARGS.clip_grad, clip_mode=ARGS.clip_mode,
+                parameters=model.parameters(),
+            )  # fmt: skip
+            ema.update(model)
+        scheduler.step(epoch + 1)
+        top1 = script_validate(ema.module, val)
+        saver.save_checkpoint(epoch, metric=top1)
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert set(moved) == {n for n, _ in model.named_parameters()}
+
+    again = script_model(ARGS)
+    other = create_optimizer_v2(again, **optimizer_kwargs(cfg=ARGS))
+    assert resume_checkpoint(again, tmp_path / "last.pth.tar", other, scaler) == epochs
+    same_weights(again, model)
+    step = [state["step"] for state in other.state.values()]
+    assert set(map(float, step)) == {float(epochs * len(train))}
+
+    # As validate.py does it; and as weights to start from.
+    last = str(tmp_path / "last.pth.tar")
+    validated = timm.create_model("mamba_vision_tiny", num_classes=2)
+    timm_load_checkpoint(validated, last, use_ema=True)
+    same_weights(validated, ema.module)
+    assert script_validate(validated, val) == top1
+    overlay = {"file": last, "num_classes": 2}
+    same_weights(tiny(pretrained=True, pretrained_cfg_overlay=overlay), ema.module)
+
+
+def test_evaluation_transform():
+    """What is squashed keeps its borders, up to the crop; what is centred does not."""
+    wide = np.zeros((100, 300, 3), np.uint8)
+    wide[:, 30:270] = 255
+    model = tiny()
+    config = resolve_model_data_config(model)
+    squashed = create_transform(**config)(Image.fromarray(wide))
+    centred = create_transform(**{**config, "crop_mode": "center"})(Image.fromarray(wide))
+    assert squashed.shape == centred.shape == (3, 64, 64)
+    assert squashed[0, 32, 0] < 0 < centred[0, 32, 0]
+
+
+# Beside other tools
+
+
+def test_copies_and_inference(tmp_path):
+    model = tiny(num_classes=5).eval()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        same(copied(images()), model(images()))
+        same(copied.forward_intermediates(images()), model.forward_intermediates(images()))
+    fast = model.optimize_for_inference()
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images()), model(images()))
+        found = fast.forward_intermediates(images(), (1, 3), intermediates_only=True)
+        expected = model.forward_intermediates(images(), (1, 3), intermediates_only=True)
+        torch.testing.assert_close(found, expected)
+    save_checkpoint(model, tmp_path / "m.safetensors")
+    plain = MambaVision(**model.arguments).eval()
+    plain.load_state_dict(model.state_dict())
+    same(plain(images()), model(images()))
+
+
+@pytest.mark.parametrize("kwargs", ({}, {"features_only": True}))
+def test_no_graph_breaks(kwargs):
+    model = tiny(**kwargs).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()), model(images()))
+
+
+def test_transformers_backbone(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.TimmBackboneConfig(
+        backbone="mamba_vision_tiny", use_pretrained_backbone=False, out_indices=[0, 1, 2, 3]
+    )
+    found = transformers.AutoBackbone.from_config(backbone)
+    assert found.channels == [8, 16, 32, 64]
+    x = images(2, 3, 64, 96)
+    maps = found(x).feature_maps
+    assert [tuple(map.shape[1:]) for map in maps] == [
+        (8, 16, 24), (16, 8, 12), (32, 4, 6), (64, 2, 3),
+    ]  # fmt: skip
+    config = transformers.UperNetConfig(
+        backbone_config=backbone, hidden_size=16, auxiliary_in_channels=32,
+        auxiliary_channels=8, num_labels=4,
+    )  # fmt: skip
+    model = transformers.UperNetForSemanticSegmentation(config)
+    out = model(x, labels=torch.randint(0, 4, (2, 64, 96)))
+    assert out.logits.shape == (2, 4, 64, 96)
+    out.loss.backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+    model.save_pretrained(tmp_path)
+    again = transformers.UperNetForSemanticSegmentation.from_pretrained(tmp_path)
+    same(again.eval()(x).logits, model.eval()(x).logits)
