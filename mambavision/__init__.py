@@ -30,6 +30,7 @@ else:
 
 if TYPE_CHECKING:
     from .cold_start import warmup as warmup
+    from .dense import features as features
     from .fuse import fuse_mixers as fuse_mixers
     from .fuse import unfuse_mixers as unfuse_mixers
     from .mamba_ssm import provide_mamba_ssm as provide_mamba_ssm
@@ -49,6 +50,7 @@ _HOME = {
     "MambaVisionMixer": "mixer",
     "conv1d_silu": "ops",
     "create_model": "variants",
+    "features": "dense",
     "fuse_mixers": "fuse",
     "list_models": "variants",
     "load_checkpoint": "weights",

@@ -1,13 +1,14 @@
 """MambaVision for Hugging Face transformers: configuration, models, image processor.
 
-Importing this module registers them with AutoConfig, AutoModel, AutoModelForImageClassification and
-AutoImageProcessor under the model type of the published repositories, "mambavision". These then
-load without `trust_remote_code`, and none of their code runs.
+Importing this module registers them with AutoConfig, AutoModel, AutoModelForImageClassification,
+AutoBackbone and AutoImageProcessor under the model type of the published repositories,
+"mambavision". These then load without `trust_remote_code`, and none of their code runs.
 
     MambaVisionModel                     pixels -> last map, its mean, the four stages' maps
     MambaVisionForImageClassification    pixels -> logits, and a loss where labels are given
+    MambaVisionBackbone                  pixels -> stage maps, for UperNet, Mask2Former and others
 
-Both hold a `MambaVision` under the name `model`, as the published repositories do.
+All hold a `MambaVision` under the name `model`, as the published repositories do.
 """
 
 import math
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -26,18 +28,22 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import (
+    BackboneOutput,
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
 )
 from transformers.utils import is_torchvision_available
 
 from .blocks import Block, ConvBlock
+from .dense import Features
 from .mixer import MambaVisionMixer
 from .model import MambaVision
 from .published import VARIANTS
 
 __all__ = [
+    "MambaVisionBackbone",
     "MambaVisionConfig",
     "MambaVisionForImageClassification",
     "MambaVisionModel",
@@ -45,11 +51,12 @@ __all__ = [
 ]
 
 
-class MambaVisionConfig(PreTrainedConfig):
+class MambaVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     """The arguments of `MambaVision` and the preprocessing of images; by default mamba_vision_T.
 
     Reads the published config.json files: `num_classes` there is `num_labels` here, and fields that
-    mean nothing here are kept as they are.
+    mean nothing here are kept as they are. `out_indices` or `out_features`, of 0 to 3 or "stage1"
+    to "stage4", say which maps a backbone gives: by default all four.
 
     >>> MambaVisionConfig.from_variant("mamba_vision_B", num_labels=10).dim
     128
@@ -77,8 +84,13 @@ class MambaVisionConfig(PreTrainedConfig):
     crop_mode: str = "center"
     mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
     std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.stage_names = ["stage1", "stage2", "stage3", "stage4"]
+        given = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        self.set_output_features_output_indices(*(given if any(given) else (None, [0, 1, 2, 3])))
         classes = kwargs.pop("num_classes", None)
         if self.id2label is None:
             kwargs.setdefault("num_labels", 1000 if classes is None else classes)
@@ -219,6 +231,46 @@ class MambaVisionForImageClassification(MambaVisionPreTrainedModel):
         return output if wanted else output.to_tuple()
 
 
+class MambaVisionBackbone(BackboneMixin, MambaVisionPreTrainedModel):
+    """The maps of the stages that `config.out_indices` names, for transformers' dense models.
+
+    `pixel_values` (batch, in_chans, height, width), from 32 pixels on, to `feature_maps`, each
+    (batch, channels, height / stride, width / stride), sizes rounded up, and where asked for
+    `hidden_states`, the maps of all stages up to the last one named.
+
+    >>> backbone = MambaVisionConfig.from_variant("mamba_vision_T")  # doctest: +SKIP
+    >>> config = UperNetConfig(backbone_config=backbone, num_labels=150)  # doctest: +SKIP
+    >>> UperNetForSemanticSegmentation(config)(images).logits.shape[1]  # doctest: +SKIP
+    150
+    """
+
+    has_attentions = False
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?(head|norm|levels)\."]
+
+    def __init__(self, config: MambaVisionConfig):
+        super().__init__(config)
+        self.num_features = [config.dim * 2**stage for stage in range(4)]
+        self.model = Features(config.backbone(num_classes=0), self.out_indices).model
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> BackboneOutput | tuple[Any, ...]:
+        maps = self.model.forward_stages(pixel_values)
+        asked = output_hidden_states
+        show = self.config.output_hidden_states if asked is None else asked
+        output = BackboneOutput(
+            feature_maps=tuple(maps[i] for i in self.out_indices),
+            hidden_states=tuple(maps) if show else None,
+        )
+        wanted = self.config.return_dict if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
+
+
 def image_processor(source: MambaVisionConfig | str) -> CLIPImageProcessorPil:
     """The preprocessing of a config, or of a published variant by its name.
 
@@ -249,6 +301,7 @@ AutoModel.register(MambaVisionConfig, MambaVisionModel, exist_ok=True)
 AutoModelForImageClassification.register(
     MambaVisionConfig, MambaVisionForImageClassification, exist_ok=True
 )
+AutoBackbone.register(MambaVisionConfig, MambaVisionBackbone, exist_ok=True)
 _PROCESSORS: dict[str, type] = {"pil": CLIPImageProcessorPil}
 if is_torchvision_available():
     _PROCESSORS["torchvision"] = CLIPImageProcessor
