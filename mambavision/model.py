@@ -302,6 +302,22 @@ class MambaVision(nn.Module):
             if parameter.dim() <= 1 or name.endswith(".A_log")
         }
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns by which timm numbers the layers for `layer_decay`: stem, blocks, head.
+
+        What stands between blocks counts with the block before it; `coarse` numbers whole stages.
+        """
+        before = (99999,)
+        blocks = [
+            (r"^levels\.(\d+)\.blocks\.(\d+)", None),
+            (r"^levels\.(\d+)\.downsample", before),
+            (r"^norm", before),
+        ]
+        return {
+            "stem": r"^patch_embed",
+            "blocks": [(r"^levels\.(\d+)", None), blocks[-1]] if coarse else blocks,
+        }
+
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Trainable parameters for an optimizer: those that decay, and those of `no_weight_decay`.
 

@@ -166,22 +166,6 @@ class TimmMambaVision(MambaVision):
             self.norm = nn.Identity()  # type: ignore[assignment]
         return taken
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that number the layers for layer-wise learning rates: stem, blocks, head.
-
-        What stands between blocks counts with the block before it; `coarse` numbers whole stages.
-        """
-        before = (99999,)
-        blocks = [
-            (r"^levels\.(\d+)\.blocks\.(\d+)", None),
-            (r"^levels\.(\d+)\.downsample", before),
-            (r"^norm", before),
-        ]
-        return {
-            "stem": r"^patch_embed",
-            "blocks": [(r"^levels\.(\d+)", None), blocks[-1]] if coarse else blocks,
-        }
-
 
 def _cfg(variant: Variant) -> dict[str, Any]:
     size = variant.input_size

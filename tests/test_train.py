@@ -166,6 +166,22 @@ def test_no_decay_on_decays_norms_and_biases(shapes, layer_decay):
     assert {decay[p] for n, p in names.items() if n not in still} == {0.05}
 
 
+def test_layer_decay_goes_from_layer_to_layer(shapes):
+    """1 + 1 + 2 + 2 blocks between stem and head."""
+    trainer = trainer_of(options(shapes, layer_decay=0.5, sched="constant", lr=1.0))
+    trainer.update(fixed_batches(1), 1, epoch=0, step=0)
+    rates = {p: g["lr"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    found = {name: rates[p] for name, p in trainer.model.named_parameters()}
+    blocks = [(0, 0), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1)]
+    expected = {"patch_embed.": 0.5**7, "norm.": 0.5, "head.": 1.0}
+    expected |= {f"levels.{s}.blocks.{b}.": 0.5 ** (6 - i) for i, (s, b) in enumerate(blocks)}
+    expected |= {f"levels.{s}.downsample.": expected[f"levels.{s}.blocks.{b}."]
+                 for s, b in ((0, 0), (1, 0), (2, 1))}  # fmt: skip
+    for name, rate in found.items():
+        (start,) = [start for start in expected if name.startswith(start)]
+        assert rate == pytest.approx(expected[start]), name
+
+
 # Repeatable data
 
 
