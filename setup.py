@@ -19,6 +19,8 @@ EXTRAS = {
     "bench": ["matplotlib>=3.8", "pytest-benchmark>=5", "timm>=1.0.31", "tqdm>=4.60"],
     "completion": ["argcomplete>=3"],
     "demo": ["matplotlib>=3.8", "scikit-learn>=1.4", "tqdm>=4.60"],
+    "docs": ["furo>=2025.9", "myst-parser>=4", "sphinx>=8.1"],
+    "onnx": ["onnx>=1.22", "onnxscript>=0.7"],
     "timm": ["timm>=1.0.31"],
     "train": [
         "matplotlib>=3.8",
@@ -34,6 +36,7 @@ EXTRAS = {
 }
 EXTRAS["dev"] = [*EXTRAS["demo"], *EXTRAS["train"], *EXTRAS["transformers"], *EXTRAS["weights"]]
 EXTRAS["dev"] += [*EXTRAS["bench"], *EXTRAS["completion"], *EXTRAS["test"]]
+EXTRAS["dev"] += [*EXTRAS["docs"], *EXTRAS["onnx"], "onnxruntime>=1.20"]
 EXTRAS["dev"] += ["build>=1", "mypy>=1.10", "ruff>=0.6"]
 
 init = (ROOT / "mambavision" / "__init__.py").read_text(encoding="utf-8")
