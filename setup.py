@@ -20,6 +20,7 @@ EXTRAS = {
     "completion": ["argcomplete>=3"],
     "demo": ["matplotlib>=3.8", "scikit-learn>=1.4", "tqdm>=4.60"],
     "docs": ["furo>=2025.9", "myst-parser>=4", "sphinx>=8.1"],
+    "tensorboard": ["tensorboard>=2.21"],
     "onnx": ["onnx>=1.22", "onnxscript>=0.7"],
     "timm": ["timm>=1.0.31"],
     "train": [
@@ -31,11 +32,13 @@ EXTRAS = {
         "tqdm>=4.60",
     ],
     "transformers": ["pillow>=10", 'transformers>=5.23; python_version >= "3.11"'],
+    "wandb": ["wandb>=0.31"],
     "weights": ["huggingface_hub>=0.23", "safetensors>=0.4"],
     "test": ["hypothesis>=6.100", "numpy", "pytest>=8", "pytest-xdist>=3.5", "safetensors>=0.4"],
 }
 EXTRAS["dev"] = [*EXTRAS["demo"], *EXTRAS["train"], *EXTRAS["transformers"], *EXTRAS["weights"]]
 EXTRAS["dev"] += [*EXTRAS["bench"], *EXTRAS["completion"], *EXTRAS["test"]]
+EXTRAS["dev"] += [*EXTRAS["tensorboard"], *EXTRAS["wandb"]]
 EXTRAS["dev"] += [*EXTRAS["docs"], *EXTRAS["onnx"], "onnxruntime>=1.20"]
 EXTRAS["dev"] += ["build>=1", "mypy>=1.10", "ruff>=0.6"]
 

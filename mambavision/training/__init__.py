@@ -5,6 +5,7 @@
     parallel  devices, several processes, DDP and FSDP
     engine    model, optimizer, schedule, moving average: one update, one evaluation
     folder    what a run leaves behind, written whole or not at all
+    loggers   TensorBoard and Weights & Biases
     loop      epochs, checkpoints, resuming
 
 Ours is what keeps a run repeatable; the rest is timm's (augmentation, mixing, losses, optimizers,

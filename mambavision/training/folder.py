@@ -52,8 +52,10 @@ def whole(path: Path) -> Iterator[Path]:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-    except Exception as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if not isinstance(error, Exception):
+            raise
         reason = _reason(error)
         kept = f"; {path} is as it was" if path.exists() else ""
         raise CommandError(f"cannot write {path}: {reason}{kept}") from error

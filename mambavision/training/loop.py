@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from . import parallel
 from .data import TrainingSampler, evaluation_loader, open_data, stop_workers, training_loader
 from .engine import Metrics, Trainer
 from .folder import Row, RunFolder
+from .loggers import Loggers, check_extras
 from .options import Options
 from .parallel import Ranks
 
@@ -31,7 +31,6 @@ __all__ = ["Result", "train"]
 
 # Seconds between readings of the loss: each waits for the device.
 READING = 0.5
-EXTRAS = {"log_tensorboard": "tensorboard", "log_wandb": "wandb"}
 
 
 @dataclass
@@ -83,31 +82,6 @@ class _Display:
                 f"{row['images_per_second']:.0f} images/s",
                 flush=True,
             )
-
-
-class _Loggers:
-    """TensorBoard and Weights & Biases, where asked for, on the first process."""
-
-    def __init__(self, options: Options, folder: RunFolder):
-        self.board: Any = None
-        self.wandb: Any = None
-        if folder.main and options.log_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder.path))
-        if folder.main and options.log_wandb:
-            import wandb
-
-            self.wandb = wandb.init(dir=folder.path, config=options.as_dict())
-
-    def log(self, row: Row) -> None:
-        epoch = int(row["epoch"])
-        if self.board:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, epoch)
-            self.board.flush()
-        if self.wandb:
-            self.wandb.log(row, step=epoch)
 
 
 def _some(names: list[str]) -> str:
@@ -249,13 +223,6 @@ class _Run:
         return row, improved
 
 
-def _check_extras(options: Options) -> None:
-    for name, package in EXTRAS.items():
-        if getattr(options, name) and not find_spec(package):
-            flag = name.replace("_", "-")
-            raise CommandError(f"--{flag} needs the package {package}: pip install {package}", 2)
-
-
 def train(options: Options, *, resume: str | None = None, command: str = "") -> Result:
     """Trains, and returns what the run found; its files are in `options.output`.
 
@@ -264,7 +231,7 @@ def train(options: Options, *, resume: str | None = None, command: str = "") -> 
 
     >>> train(Options(data="digits", img_size=32, epochs=2, warmup_epochs=0))  # doctest: +SKIP
     """
-    _check_extras(options)
+    check_extras(options)
     ranks = parallel.start(options.device, options.fsdp)
     try:
         return _train(options, ranks, resume, command)
@@ -289,20 +256,20 @@ def _train(options: Options, ranks: Ranks, resume: str | None, command: str) -> 
             f"{trainer.updates_per_epoch} updates on {ranks.count} x {ranks.device.type}, into "
             f"{folder.path}" + (f", from epoch {run.epoch + 1}" if resume else "")
         )
-    loggers = _Loggers(options, folder)
     per_epoch = trainer.steps * run.images_per_step
     done = run.epoch * per_epoch + run.updates * options.grad_accum_steps * run.images_per_step
-    display = _Display(ranks, trainer.epochs * per_epoch, done)
     try:
-        with display.bar:
-            while run.epoch < trainer.epochs:
-                steps = trainer.steps - run.updates * options.grad_accum_steps
-                start = time.perf_counter()
-                run.train_epoch(display)
-                seconds = time.perf_counter() - start
-                row, improved = run.finish_epoch(steps * run.images_per_step / seconds)
-                loggers.log(row)
-                display.line(row, trainer.epochs, improved)
+        with Loggers(options, folder, run.epoch) as loggers:
+            display = _Display(ranks, trainer.epochs * per_epoch, done)
+            with display.bar:
+                while run.epoch < trainer.epochs:
+                    steps = trainer.steps - run.updates * options.grad_accum_steps
+                    start = time.perf_counter()
+                    run.train_epoch(display)
+                    seconds = time.perf_counter() - start
+                    row, improved = run.finish_epoch(steps * run.images_per_step / seconds)
+                    loggers.log(row)
+                    display.line(row, trainer.epochs, improved)
     finally:
         stop_workers(run.batches)
         stop_workers(run.validation)

@@ -8,6 +8,7 @@ stage's parameters, gradients and optimizer state over the processes. Batch norm
 process's own images; before an evaluation or a checkpoint the running statistics are averaged.
 """
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
@@ -62,6 +63,8 @@ class Wrapped:
         if fsdp:
             from torch.distributed.fsdp import fully_shard
 
+            # A stage's map is a view, and nothing changes it in place.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
             for stage in bare.levels:
                 fully_shard(stage)
             fully_shard(bare)
