@@ -1,5 +1,7 @@
 """provide_mamba_ssm: what the stand-in holds, and that it is there only while wanted."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SCANS = sorted((Path(__file__).parent / "data").glob("scan_*.safetensors"))
 
 
-def python(code, *paths):
+def python(code, *paths, **environment):
     """Runs code in a fresh process, in which nothing has been imported."""
     lines = f"import sys; sys.path[:0] = {[str(p) for p in (ROOT, ROOT / 'tests', *paths)]!r}\n"
-    done = subprocess.run([sys.executable, "-c", lines + code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", lines + code], env={**os.environ, **environment},
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -141,3 +146,85 @@ def test_reference_takes_complex_A_as_the_function_does():
         torch.testing.assert_close(found, expected)
     with pytest.raises(ValueError, match="selective_scan_ref: delta must have shape"):
         selective_scan_ref(u, delta[:1], A, B, C)
+
+
+CONFIGURATION = """
+from transformers import PretrainedConfig
+
+class EagerConfig(PretrainedConfig):
+    model_type = "eager"
+    def __init__(self, d_model=32, depth=2, **kwargs):
+        self.d_model, self.depth = d_model, depth
+        super().__init__(**kwargs)
+"""
+MODELING = """
+from transformers import PreTrainedModel
+from .configuration_eager import EagerConfig
+from .written_for_mamba_ssm import EagerModel
+
+class EagerForImages(PreTrainedModel):
+    config_class = EagerConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = EagerModel(config.d_model, config.depth)
+        self.post_init()
+    def _init_weights(self, module):
+        pass
+    def forward(self, pixel_values):
+        return self.model(pixel_values)
+"""
+
+
+def test_remote_code_of_a_repository(tmp_path):
+    """As transformers fetches and imports it, for a model type that it does not know."""
+    pytest.importorskip("transformers")
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "configuration_eager.py").write_text(CONFIGURATION)
+    (folder / "modeling_eager.py").write_text(MODELING)
+    eager = Path(__file__).parent / "written_for_mamba_ssm.py"
+    (folder / eager.name).write_text(eager.read_text())
+    about = {
+        "model_type": "eager", "d_model": 48,
+        "auto_map": {"AutoConfig": "configuration_eager.EagerConfig",
+                     "AutoModel": "modeling_eager.EagerForImages"},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(about))
+    python(
+        f"""
+import torch
+with __import__("mambavision").provide_mamba_ssm():
+    from written_for_mamba_ssm import EagerModel
+    from safetensors.torch import save_file
+    torch.manual_seed(0)
+    plain = EagerModel(48, 2).eval()
+    folder = {str(folder)!r}
+    state = {{f"model.{{k}}": v.contiguous() for k, v in plain.state_dict().items()}}
+    save_file(state, folder + "/model.safetensors", {{"format": "pt"}})
+
+from transformers import AutoModel
+try:
+    AutoModel.from_pretrained(folder, trust_remote_code=True)
+except ImportError as error:
+    assert "mamba_ssm" in str(error)
+else:
+    raise AssertionError
+
+from mambavision import fuse_mixers, provide_mamba_ssm, unfuse_mixers
+with provide_mamba_ssm():
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+assert "transformers_modules" in type(model).__module__
+x = torch.randn(2, 3, 32, 24)
+with torch.no_grad():
+    expected = plain(x)
+    torch.testing.assert_close(model(x), expected)
+    assert fuse_mixers(model) == ["model.blocks.0.mixer", "model.blocks.1.mixer"]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+model.save_pretrained(folder + "/again")
+unfuse_mixers(model)
+model.train()(x).sum().backward()
+assert all(p.grad is not None for p in model.parameters())
+""",
+        HF_HOME=str(tmp_path / "hf"),
+        HF_HUB_OFFLINE="1",
+    )

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import types
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -119,6 +120,15 @@ def test_pickled_code_is_refused(tmp_path):
         with pytest.raises(ValueError, match="bomb.pth is (refused|damaged)"):
             load_checkpoint(model(), path)
     assert not flag.exists()
+
+
+def test_no_class_but_namespace_is_let_through(tmp_path):
+    path = tmp_path / "m.pth"
+    for args in (types.SimpleNamespace(lr=1), Path("x"), argparse.ArgumentParser):
+        torch.save({"state_dict": model().state_dict(), "args": args}, path)
+        with pytest.raises(ValueError, match="m.pth is refused: it holds a pickled "):
+            load_checkpoint(model(), path)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
 @pytest.mark.parametrize("ending", (".safetensors", ".pth"))
