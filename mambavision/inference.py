@@ -4,7 +4,7 @@
     token blocks               gamma_1 W, gamma_2 W           one matrix, where W ends the branch
     mixers                     -exp(A_log), 2 * bias, ranks   computed once, kept as buffers
     head                       batch norm, mean, linear       mean, one linear
-    linear layers, on a CPU    W x + b, gelu                  W reordered once, gelu inside
+    layers, on a CPU           W x + b, activation            W reordered once, activation inside
 
 A batch norm with its running statistics is an affine map per channel, y = f x + s with
 f = weight / sqrt(var + eps) and s = bias - f mean, and so is a layer scale. What is linear before
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .blocks import Attention, Block, ConvBlock, Stem
+from .blocks import Attention, Block, ConvBlock, Downsample, Mlp, Stem
 from .mixer import MambaVisionMixer
 from .ops import mixer
-from .packed_linear import PackedLinear
+from .packed import PackedConv2d, PackedLinear, fuses
 
 __all__ = ["OptimizedMambaVision", "PreparedMixer", "optimize_for_inference"]
 
@@ -144,15 +144,41 @@ def _fold(model: nn.Module) -> None:
                 module.gamma_2 = None
 
 
+def _pack_layer(parent: nn.Module, name: str, behind: str = "") -> None:
+    """Puts a packed layer in place of a child, with the activation behind it inside."""
+    kinds: dict[type, Any] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+    layer = getattr(parent, name)
+    if type(layer) not in kinds:
+        # What others put there stays.
+        return
+    act = getattr(parent, behind) if behind else None
+    if act is not None and fuses(act):
+        setattr(parent, behind, nn.Identity())
+    else:
+        act = None
+    setattr(parent, name, kinds[type(layer)](layer, act))
+
+
 def _pack(model: nn.Module) -> None:
-    """Linear layers of token blocks in the order of a CPU's library, gelu inside them."""
-    for block in [m for m in model.modules() if isinstance(m, Block)]:
-        if type(block.mlp.act) is nn.GELU and block.mlp.act.approximate == "none":
-            block.mlp.fc1, block.mlp.act = PackedLinear(block.mlp.fc1, gelu=True), nn.Identity()
-        for part in (block.mlp, block.mixer):
-            for name, child in part.named_children():
-                if type(child) is nn.Linear:
-                    setattr(part, name, PackedLinear(child))
+    """Layers in the order of a CPU's library, activations inside them."""
+    for module in list(model.modules()):
+        if isinstance(module, Stem):
+            _pack_layer(module.conv_down, "0", "1")
+            _pack_layer(module.conv_down, "2", "3")
+        elif isinstance(module, ConvBlock):
+            _pack_layer(module, "conv1", "act1")
+            _pack_layer(module, "conv2")
+        elif isinstance(module, Downsample):
+            _pack_layer(module.reduction, "0")
+        elif isinstance(module, Mlp):
+            _pack_layer(module, "fc1", "act")
+            _pack_layer(module, "fc2")
+        elif isinstance(module, Attention):
+            _pack_layer(module, "qkv")
+            _pack_layer(module, "proj")
+        elif isinstance(module, PreparedMixer):
+            _pack_layer(module, "in_proj")
+            _pack_layer(module, "out_proj")
 
 
 class _Graphs:
@@ -302,8 +328,8 @@ def optimize_for_inference(
     channels-last, and mixers keep their cast and padded weights, -exp(A_log) and twice the bias.
     All is in `dtype`, the model's own by default, except A, D and that bias, which are at least
     float32; x has to be in `dtype`. Values differ by roundings of `dtype`. The model itself is left
-    as it was and shares no memory with the copy. On a CPU the linear layers of token blocks keep a
-    second, reordered weight once they ran.
+    as it was and shares no memory with the copy. On a CPU convolutions and linear layers, but for
+    the head, keep a second, reordered weight once they ran.
 
     `compile` passes stem and stages through torch.compile, anew for each input shape. `cuda_graph`
     captures one CUDA graph per input shape, for logits, and keeps it with its memory. Both are for
@@ -324,7 +350,7 @@ def optimize_for_inference(
             f"{op}: the model is in training mode, where batch norms cannot be folded; call "
             "model.eval() first"
         )
-    like = model.norm.weight
+    like = next(model.parameters())
     dtype = like.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"{op}: dtype must be a floating-point torch.dtype, got {dtype!r}")

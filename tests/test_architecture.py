@@ -24,10 +24,10 @@ MAY_IMPORT = {
     },
     "mambavision.mixer": {"torch", "einops", "mambavision.ops"},
     "mambavision.blocks": {"torch", "einops", "mambavision.mixer"},
-    "mambavision.packed_linear": {"torch"},
+    "mambavision.packed": {"torch"},
     "mambavision.inference": {
         "torch", "mambavision.blocks", "mambavision.mixer", "mambavision.ops",
-        "mambavision.packed_linear",
+        "mambavision.packed",
     },
     "mambavision.model": {
         "torch", "einops", "mambavision.blocks", "mambavision.inference", "mambavision.mixer",

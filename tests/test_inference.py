@@ -9,7 +9,7 @@ from torch import nn
 
 from mambavision import MambaVision, create_model
 from mambavision.inference import OptimizedMambaVision, optimize_for_inference
-from mambavision.packed_linear import PackedLinear
+from mambavision.packed import PackedConv2d, PackedLinear
 
 SMALL = {
     "dim": 16, "in_dim": 8, "depths": (1, 2, 3, 2), "window_size": (8, 8, 4, 2), "mlp_ratio": 2,
@@ -148,7 +148,15 @@ def test_nothing_is_left_to_fold():
             assert x.is_contiguous(memory_format=torch.channels_last), name
     packed = [m for m in optimized.modules() if isinstance(m, PackedLinear)]
     # Two in each perceptron and in what mixes tokens, of five blocks
-    assert len(packed) == 20 and sum(m.gelu for m in packed) == 5
+    assert len(packed) == 20 and sum(m.act is not None for m in packed) == 5
+    convolutions = [m for m in optimized.modules() if isinstance(m, nn.Conv2d)]
+    # Two in the stem and in each of three blocks, and one between stages; in three blocks and in
+    # the stem with what follows inside
+    assert len(convolutions) == 11 and all(type(m) is PackedConv2d for m in convolutions)
+    assert sum(m.act is not None for m in convolutions) == 5
+    acts = (nn.ReLU, nn.GELU)
+    inside = [m.act for m in (*packed, *convolutions) if m.act is not None]
+    assert {m for m in optimized.modules() if isinstance(m, acts)} == set(inside)
     mixers = [m for _, m in optimized.named_modules() if hasattr(m, "x_proj_weight")]
     assert len(mixers) == 3
     for mixer in mixers:

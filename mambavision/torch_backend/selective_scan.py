@@ -43,6 +43,7 @@ from torch import Tensor
 
 from ._common import cast, first_derivative_only, plainly, silu_backward, work_dtype
 
+LOG2E = math.log2(math.e)
 # Elements of a call (batch entries x chunks x dim x dstate). A step of ALONE_ELEMENTS is worth a
 # call without other chunks beside it; below, chunks are added up to GROUP_ELEMENTS, from where on
 # PyTorch uses several threads.
@@ -268,12 +269,22 @@ class _Block:
         self.B, self.C = part.B.at(self.time), part.C.at(self.time)
         self.order = range(count)[::-1] if scan.reverse else range(count)
         self.shape = (*self.dt.shape[:2], scan.dstate, scan.dim)
-        self.a = torch.mul(self.dt.unsqueeze(2), scan.A, out=scan.buffer("a", self.shape)).exp_()
+        self.a = scan.buffer("a", self.shape)
+        self.decay(self.dt, out=self.a)
         self.h = self.B.outer(self.dtu, out=scan.buffer("h", self.shape))
         self.decays, self.values = self.steps(self.a), self.steps(self.h)
 
     def by_chunk(self, x: Tensor) -> Tensor:
         return x.view(x.shape[0], self.count, self.scan.steps, *x.shape[2:])
+
+    def decay(self, dt: Tensor, out: Tensor | None = None) -> Tensor:
+        """exp(dt A), (rows, steps, dstate, dim)."""
+        if self.scan.dtype != torch.float32:
+            return torch.mul(dt.unsqueeze(2), self.scan.A, out=out).exp_()
+        # As a power of 2, since PyTorch may leave exp to a library that takes four times as long on
+        # processors not of its maker. The factor goes to dt: an error of A's would be the same in
+        # every step, and add up.
+        return torch.mul((dt * LOG2E).unsqueeze(2), self.scan.A, out=out).exp2_()
 
     def steps(self, x: Tensor) -> list[Tensor]:
         steps = self.by_chunk(x).unbind(2)
@@ -281,7 +292,7 @@ class _Block:
 
     def chunk_decay(self) -> Tensor:
         """What a chunk leaves of the state that enters it, exp(A sum dt)."""
-        return (self.by_chunk(self.dt).sum(2).unsqueeze(2) * self.scan.A).exp_()
+        return self.decay(self.by_chunk(self.dt).sum(2))
 
     def starts(self, state: Tensor) -> Tensor:
         """What enters each chunk, (rows, chunks, dstate, dim); `state` enters the first."""
