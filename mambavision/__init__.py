@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .ops import selective_scan_fn as selective_scan_fn
     from .variants import create_model as create_model
     from .variants import list_models as list_models
+    from .variants import load_model as load_model
     from .weights import load_checkpoint as load_checkpoint
     from .weights import read_config as read_config
     from .weights import save_checkpoint as save_checkpoint
@@ -54,6 +55,7 @@ _HOME = {
     "fuse_mixers": "fuse",
     "list_models": "variants",
     "load_checkpoint": "weights",
+    "load_model": "variants",
     "provide_mamba_ssm": "mamba_ssm",
     "read_config": "weights",
     "save_checkpoint": "weights",

@@ -1,15 +1,16 @@
 """Models by their published names."""
 
 import difflib
+from inspect import signature
 from os import PathLike
 from typing import Any
 
 from .hub import locate
 from .model import MambaVision
 from .published import VARIANTS, Variant
-from .weights import load_checkpoint
+from .weights import load_checkpoint, read_config
 
-__all__ = ["VARIANTS", "Variant", "create_model", "list_models"]
+__all__ = ["VARIANTS", "Variant", "create_model", "list_models", "load_model"]
 
 
 def list_models() -> list[str]:
@@ -55,4 +56,25 @@ def create_model(
     model = MambaVision(**{**variant.arguments, **overrides})
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, num_classes=overrides.get("num_classes"))
+    return model
+
+
+def load_model(path_or_repo_id: str | PathLike[str]) -> MambaVision:
+    """The model that a file or a run folder holds, of whatever sizes, in training mode.
+
+    Sizes are those that `save_checkpoint` and `mambavision train` keep with the weights; what else
+    they keep, such as the classes' names, `read_config` returns. Sources and errors are those of
+    `load_checkpoint`. Raises ValueError where the sizes are not there: `create_model` with a name
+    and `checkpoint` then loads them.
+
+    >>> model = load_model("runs/train").eval()  # doctest: +SKIP
+    """
+    config = read_config(path_or_repo_id)
+    if "dim" not in config:
+        raise ValueError(
+            f"load_model: {path_or_repo_id} does not say of what model it is; "
+            "create_model(NAME, checkpoint=PATH) loads it into a model of that name"
+        )
+    model = MambaVision(**{k: config[k] for k in signature(MambaVision).parameters if k in config})
+    load_checkpoint(model, path_or_repo_id)
     return model

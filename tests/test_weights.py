@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mambavision import MambaVision, create_model, load_checkpoint, save_checkpoint
+from mambavision import MambaVision, create_model, load_checkpoint, load_model, save_checkpoint
 from mambavision.published import variants_of
 from mambavision.variants import VARIANTS
 from mambavision.weights import read_config
@@ -187,6 +187,19 @@ def test_create_model_from_a_file(tmp_path):
     assert found.head.out_features == 3
     with pytest.raises(ValueError, match="not both"):
         create_model("mamba_vision_T", pretrained=True, checkpoint=tmp_path / "m.pth", **small)
+
+
+def test_load_model_makes_the_model_of_a_file(tmp_path):
+    source = model(num_classes=3)
+    for place in ("model.safetensors", "m.pth"):
+        save_checkpoint(source, tmp_path / place, config={"labels": ["a", "b", "c"], "model": "x"})
+    for place in (tmp_path, tmp_path / "m.pth"):
+        found = load_model(place)
+        assert found.arguments == source.arguments
+        assert_same(found, source)
+    torch.save(source.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match=r"bare.pth does not say .* create_model\(NAME"):
+        load_model(tmp_path / "bare.pth")
 
 
 def test_config_is_kept_with_the_weights(tmp_path):
