@@ -46,6 +46,7 @@ from timm.utils import (  # noqa: E402
     ModelEmaV3,
     NativeScaler,
     accuracy,
+    random_seed,
 )
 
 from mambavision import timm as ours  # noqa: E402
@@ -574,7 +575,7 @@ ARGS = Namespace(
     opt="adamw", opt_eps=None, opt_betas=None, lr=1e-3, weight_decay=0.05, momentum=0.9,
     layer_decay=0.8, clip_grad=1.0, clip_mode="norm",
     sched="cosine", epochs=3, warmup_epochs=1, warmup_lr=1e-5, min_lr=0.0, cooldown_epochs=0,
-    aa="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1,
+    aa="rand-m7-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1,
 )  # fmt: skip
 
 
@@ -620,7 +621,7 @@ def script_validate(model, loader):
 
 def test_training_scripts(tmp_path):
     data = picture_folder(tmp_path / "data")
-    torch.manual_seed(0)
+    random_seed(0)
     model = script_model(ARGS)
     model.set_grad_checkpointing(enable=True)
     config = resolve_data_config(vars(ARGS), model=model)

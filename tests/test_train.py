@@ -146,6 +146,18 @@ def test_presets_are_settings(tmp_path, name):
     assert trainer_of(replace(chosen, amp=False)).epochs >= chosen.epochs
 
 
+@pytest.mark.parametrize("name", ("paper", "finetune"))
+def test_presets_train(shapes, tmp_path, name):
+    """All that they switch on at once, for two epochs of a small model."""
+    given = {
+        "preset": name, "data": str(shapes), "output": str(tmp_path / "run"), "epochs": 2,
+        "warmup_epochs": 1, "cooldown_epochs": 0, "batch_size": 4, "img_size": 32, "workers": 0,
+        "device": "cpu", "model_kwargs": SIZES,
+    }  # fmt: skip
+    result = train(resolve(given))
+    assert len(result.history) == 2 and (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_rate_is_scaled_to_the_images_of_an_update():
     base = Options(batch_size=64, grad_accum_steps=2, lr_base=1e-3, lr_base_size=2048)
     assert learning_rate(base, ranks=4) == pytest.approx(1e-3 / 2)
@@ -198,6 +210,18 @@ def test_sample_is_a_function_of_seed_epoch_and_index(shapes):
         assert not torch.equal(dataset[other][0], first)
     dataset.seed = 1
     assert not torch.equal(dataset[3, 5][0], first)
+
+
+@pytest.mark.parametrize(
+    "aa", ("rand-m10-n8-inc1", "rand-m0-n8", "original", "v0", "augmix-m1-w8", "3a")
+)
+def test_augmentations_at_the_ends_of_their_scales(shapes, aa):
+    """Those of the paper reach them now and then: posterizing to no bit at all, for one."""
+    chosen = options(shapes, aa=aa)
+    dataset = training_loader(open_data(chosen).train, chosen, 0, 1, CPU.device)[0].dataset
+    for epoch in range(4):
+        for index in range(24):
+            assert dataset[epoch, index][0].isfinite().all()
 
 
 def test_workers_change_nothing(shapes):

@@ -93,6 +93,9 @@ def test_head_is_left_out_only_when_asked(tmp_path):
     load_checkpoint(target, tmp_path / "m.pth", num_classes=3)
     torch.testing.assert_close(target.head.weight, head)
     torch.testing.assert_close(target.norm.weight, source.norm.weight)
+    fits = model(num_classes=5)
+    load_checkpoint(fits, tmp_path / "m.pth", num_classes=5)
+    assert_same(fits, source)
     with pytest.raises(ValueError, match="must be that of the model, 3, got 4"):
         load_checkpoint(target, tmp_path / "m.pth", num_classes=4)
 

@@ -9,7 +9,7 @@ generator's state needs to be kept.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, get_img_extensions
+from timm.data.auto_augment import posterize
 from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -237,6 +238,22 @@ def _loader(dataset: Seeded, options: Options, device: torch.device, **more: Any
     )
 
 
+def _posterize(image: Image.Image, bits: int, **more: Any) -> Image.Image:
+    return posterize(image, max(bits, 1), **more)
+
+
+def _with_a_bit(transform: Any) -> Any:
+    """Lets timm's augmentations keep one bit of the colours where they ask for none.
+
+    At the end of its scale posterizing does, and Pillow 13 raises.
+    """
+    for step in transform.transforms:
+        for augmentation in chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
+            if augmentation.aug_fn is posterize:
+                augmentation.aug_fn = _posterize
+    return transform
+
+
 def training_loader(
     images: Images, options: Options, rank: int, ranks: int, device: torch.device
 ) -> tuple[DataLoader, TrainingSampler]:
@@ -267,7 +284,7 @@ def training_loader(
     sampler = TrainingSampler(
         Sized(len(images)), ranks, rank, shuffle=True, seed=options.seed, drop_last=True
     )
-    dataset = Seeded(images, transform, options.seed)
+    dataset = Seeded(images, _with_a_bit(transform), options.seed)
     return _loader(dataset, options, device, sampler=sampler, drop_last=True), sampler
 
 
