@@ -19,7 +19,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test test-fast test-oldest lint static-report bench clean
+.PHONY: help demo test test-fast test-oldest lint docs static-report bench clean
 
 help:
 	@echo 'make demo           check the operators here, train on handwritten digits, write a report'
@@ -28,6 +28,7 @@ help:
 	@echo 'make test-fast      the tests without the slow ones'
 	@echo 'make test-oldest    the same with the oldest torch and Triton supported (gigabytes)'
 	@echo 'make lint           ruff and mypy'
+	@echo 'make docs           the pages of docs, in build/docs; warnings are errors, needs no network'
 	@echo 'make static-report  registers, spills and instructions of every kernel; needs no GPU'
 	@echo 'make bench          what this machine can measure: rows, pictures, tables; minutes'
 	@echo '                      BENCH_ARGS=--quick'
@@ -62,6 +63,10 @@ test-oldest:
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+docs: $(READY)
+	$(PY) -m sphinx --fail-on-warning --keep-going --nitpicky --quiet -b html docs build/docs
+	@echo 'build/docs/index.html'
 
 static-report: $(READY)
 	$(PY) benchmarks/static_report.py
