@@ -87,8 +87,9 @@ def _from_repository(repository: str) -> Path:
         no_network = isinstance(error, offline)
         reason = "offline, and not in the cache" if no_network else _first_line(error)
         raise RuntimeError(
-            f"the weights of {repository} cannot be fetched ({reason}): fetch {FILE} "
-            "where there is a network and give its path instead, to create_model as checkpoint=PATH"
+            f"the weights of {repository} cannot be fetched ({reason}): fetch {FILE} where there "
+            "is a network and give its path instead, to create_model as checkpoint=PATH, to "
+            "`mambavision train` as --initial-checkpoint, to eval and predict as --checkpoint"
         ) from error
 
 

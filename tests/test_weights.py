@@ -376,6 +376,7 @@ except RuntimeError as error:
     )
     published, other, missing = out.splitlines()
     assert "nvidia/MambaVision-S-1K" in published and "checkpoint=PATH" in published
+    assert "--initial-checkpoint" in published
     assert "someone/else cannot be fetched (offline" in other
     assert "pip install 'mambavision-triton[weights]'" in missing
     assert err.count("CC-BY-NC-SA") == 1
