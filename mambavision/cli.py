@@ -20,6 +20,19 @@ from .training import cli as training
 __all__ = ["main"]
 
 
+EXAMPLES = """\
+examples:
+  mambavision doctor                              # does this machine have what it takes?
+  mambavision demo                                # operators, a small training, a report
+  mambavision train photos/ --preset finetune     # photos/train/CLASS/*, photos/val/CLASS/*
+  mambavision eval photos/ --checkpoint runs/train
+  mambavision predict cat.jpg --checkpoint runs/train --output runs/predict
+  mambavision info mamba_vision_T
+
+`mambavision COMMAND --help` has more.
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -41,7 +54,12 @@ def _integer(name: str, least: int, most: int | None = None) -> Callable[[str], 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mambavision", description="MambaVision with a fused mixer.")
+    parser = _Parser(
+        prog="mambavision",
+        description="MambaVision with a fused mixer.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"mambavision-triton {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 

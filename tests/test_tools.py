@@ -115,6 +115,13 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+def assert_nothing_is_cut_off(path):
+    """Around all that is drawn there is a margin."""
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    edges = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
+    assert all((edge == pixels[0, 0]).all() for edge in edges), path
+
+
 def said(err):
     """The lines of stderr but for progress bars."""
     lines = re.split(r"[\r\n]+", err)
@@ -293,6 +300,20 @@ def test_eval_counts_what_a_loop_counts(tmp_path, capsys, checkpoint, colours):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    "names", (("no", "yes"), ("a" * 40, "b" * 40), [f"class {i}" for i in range(70)]), ids=len
+)
+def test_confusion_matrix_fits_its_picture(tmp_path, names):
+    from mambavision.tools import evaluate
+
+    targets = np.repeat(np.arange(len(names)), 100)
+    chosen = np.stack([np.random.default_rng(0).permutation(targets)] * 2, 1)
+    found = evaluate.Result(targets, chosen, np.ones(len(targets)), 1.0)
+    setting = evaluate.Setting(224, 0.875, "squash")
+    evaluate._confusion(found, names, tmp_path / "c.png", setting)
+    assert_nothing_is_cut_off(tmp_path / "c.png")
+
+
 def test_eval_at_several_sizes_and_crops(tmp_path, capsys, checkpoint, colours):
     sizes, crops = (32, 64), (0.8, 1.0)
     code, _, _ = run(
@@ -384,6 +405,8 @@ def test_predict_draws(tmp_path, capsys, checkpoint, colours):
     names = ("a-same", "a-same-2", "b-same")
     pictures = [f"{name}{kind}.png" for name in names for kind in ("", "-features")]
     assert drawn == sorted([*pictures, "predictions.json"])
+    for name in pictures:
+        assert_nothing_is_cut_off(tmp_path / "out" / name)
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 3
     wide = Image.open(tmp_path / "out" / "a-same-features.png")
     assert wide.width > 2 * wide.height
@@ -599,10 +622,24 @@ def test_doctor_without_triton():
 # The terminal
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", (*COMMANDS, "train"))
 def test_help_teaches(name, capsys):
     code, out, _ = run(capsys, name, "--help")
     assert code == 0 and f"examples:\n  mambavision {name}" in out
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and re.search(f"examples:\n(.*\n)*  mambavision {name} ", out)
+
+
+def test_help_of_train_shows_the_presets(capsys):
+    from mambavision.training.options import PRESETS
+
+    out = run(capsys, "train", "--help")[1].partition("presets:")[2]
+    assert all(len(line) <= 100 for line in out.splitlines())
+    for name, values in PRESETS.items():
+        shown = out.partition(f"\n  {name}: ")[2]
+        for setting, value in values.items():
+            if isinstance(value, (int, str)):
+                assert f"{setting} {value}" in shown
 
 
 def test_help_needs_no_torch():

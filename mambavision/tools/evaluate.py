@@ -200,7 +200,7 @@ def _confusion(result: Result, names: Sequence[str], path: Path, setting: Settin
     true, predicted = places.reshape(2, -1)
     counts = np.zeros((len(present), len(present)), dtype=np.int64)
     np.add.at(counts, (true, predicted), 1)
-    title = f"top-1 {percent(result.right.mean())} of {len(first)} pictures, {setting}"
+    title = f"top-1 {percent(result.right.mean())} of {len(first)} pictures\n{setting}"
     draw.confusion(path, counts, [names[i] for i in present], title)
 
 

@@ -3,6 +3,7 @@
 import argparse
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from ..errors import CommandError
@@ -27,10 +28,20 @@ on with --resume: with the same threads on one CPU process it ends with the very
 """
 
 
+def _shown(value: Any) -> str:
+    """As the command line takes it."""
+    if isinstance(value, dict):
+        return " ".join(f"{k}={_shown(v).replace(' ', ',')}" for k, v in value.items())
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _presets() -> str:
     lines = ["presets:"]
     for name, values in PRESETS.items():
-        lines.append(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in values.items()))
+        # A setting and its value stay in one line.
+        pairs = [f"{k} {_shown(v)}".replace(" ", "\0") for k, v in values.items()]
+        indents: Any = {"initial_indent": f"  {name}: ", "subsequent_indent": "    "}
+        lines += [line.replace("\0", " ") for line in wrap(", ".join(pairs), 100, **indents)]
     return "\n".join(lines)
 
 

@@ -100,7 +100,9 @@ class Options:
     img_size: int = option(224, "height and width of training and validation images",
                            _number(int, 32), group=_MODEL)  # fmt: skip
     drop: float = option(0.0, "dropout", SHARE, group=_MODEL)
-    drop_path: float | None = option(None, "drop path of the last block", SHARE, group=_MODEL)
+    drop_path: float | None = option(
+        None, "drop path of the last block; the variant's", SHARE, group=_MODEL
+    )
     grad_checkpointing: bool = option(False, "recompute each block in the backward pass",
                                       group=_MODEL)  # fmt: skip
     model_ema: bool = option(False, "keep, validate and export a moving average of the weights",
@@ -213,7 +215,7 @@ def _flag(name: str) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(f"{v:.3g}" for v in value)
-    return {None: "none", "": "none"}.get(value, str(value)) if not isinstance(value, dict) else ""
+    return "" if value is None or isinstance(value, dict) else str(value)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
