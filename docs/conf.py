@@ -15,6 +15,7 @@ nitpick_ignore_regex = [("py:.*", r"(torch|nn|os|collections|typing|Tensor|PathL
 
 html_theme = "furo"
 html_copy_source = html_show_sphinx = html_show_copyright = False
+highlight_language = "none"
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0e7c86", "color-brand-content": "#0e7c86"},

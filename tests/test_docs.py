@@ -31,14 +31,17 @@ def blocks(name, *languages):
     return [body for language, body in found if language in languages]
 
 
+def prompted(body):
+    """What follows the prompts, continued lines joined; the other lines are output."""
+    lines = body.replace("\\\n", " ").splitlines()
+    return [line[2:] for line in lines if line.startswith("$ ")]
+
+
 def commands(name):
-    """The lines of a page that call `mambavision`, continued lines joined."""
+    """The lines of a page that call `mambavision`."""
     found = []
     for body in blocks(name, "", "console"):
-        lines = body.replace("\\\n", " ").splitlines()
-        # Where there are prompts, the other lines are output.
-        lines = [line[2:] for line in lines if line.startswith("$ ")] or lines
-        for line in lines:
+        for line in prompted(body) or body.splitlines():
             called = re.match(r"(?:torchrun .*? -m )?mambavision (.*?)(?: +# .*)?$", line)
             found += [called[1]] if called else []
     return found
@@ -118,7 +121,8 @@ def test_getting_started_from_top_to_bottom(tmp_path):
         if language in ("python", "py"):
             runs = [[*python, body]]
         elif language == "console":
-            runs = [[sys.executable, "-m", *shlex.split(body.splitlines()[0].removeprefix("$ "))]]
+            (line,) = prompted(body)
+            runs = [[sys.executable, "-m", *shlex.split(line)]]
             runs[0] += ["--epochs", "2"] if "train" in runs[0][:4] else []
         for run in runs:
             done = subprocess.run(
