@@ -281,13 +281,18 @@ def test_reset_classifier():
 
 
 def test_gradient_checkpointing_changes_nothing():
+    """But that every block runs a second time."""
     x = torch.randn(2, 3, 64, 64)
     found = []
     for enable in (False, True):
         model = tiny(drop_path_rate=0.3).train()
         model.set_grad_checkpointing(enable)
+        blocks, ran = [block for stage in model.levels for block in stage.blocks], []
+        for block in blocks:
+            block.register_forward_pre_hook(lambda block, _, ran=ran: ran.append(block))
         torch.manual_seed(1)
         model(x).square().sum().backward()
+        assert [ran.count(block) for block in blocks] == [2 if enable else 1] * len(blocks)
         grads = {name: p.grad for name, p in model.named_parameters()}
         found.append(grads | dict(model.named_buffers()))
     for name in found[0]:

@@ -325,6 +325,12 @@ def test_settings_train(shapes, tmp_path, setting):
         assert_close(found, start, rtol=0, atol=1e-8)
 
 
+def test_checkpointing_reaches_the_model(shapes):
+    for on in (False, True):
+        levels = trainer_of(options(shapes, grad_checkpointing=on)).model.levels
+        assert [stage.grad_checkpointing for stage in levels] == [on] * 4
+
+
 @pytest.mark.slow
 def test_compiled_trains(shapes, tmp_path, monkeypatch):
     """Traced and differentiated as ever, without the minute that generating code takes."""
