@@ -194,6 +194,22 @@ def test_layer_decay_goes_from_layer_to_layer(shapes):
         assert rate == pytest.approx(expected[start]), name
 
 
+def test_pictures_are_upright(tmp_path):
+    """As predict shows them to the model: a camera held sideways notes it in the file."""
+    data = make_folder(tmp_path / "data", train_images=1, val_images=1)
+    path = data / "val" / "cross" / "0.png"
+    upright = Image.open(path).convert("RGB")
+    turned = upright.rotate(90, expand=True)
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(path, exif=exif)
+    images = open_data(options(data)).val
+    (index,) = [i for i in range(len(images)) if images.name(i) == str(path)]
+    found, target = images.open(index)
+    assert target == CLASSES.index("cross")
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(upright))
+
+
 # Repeatable data
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
 from timm.data import get_img_extensions
 from timm.utils.misc import natural_key
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..demo import check_output
 from ..errors import CommandError
+from ..training.data import read_picture
 from ..training.folder import whole
 from . import draw
 from .source import Source, open_source
@@ -47,12 +47,6 @@ def find_pictures(patterns: Sequence[str]) -> list[str]:
             raise CommandError(f"{pattern}: {what}", 2)
         found |= dict.fromkeys(sorted(names, key=natural_key))
     return list(found)
-
-
-def read_picture(path: str) -> Image.Image:
-    """In RGB, and upright where the camera noted how it was held."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 class Pictures(Dataset):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform, get_img_extensions
 from timm.data.auto_augment import posterize
 from timm.utils.misc import natural_key
@@ -31,6 +31,7 @@ __all__ = [
     "Splits",
     "evaluation_loader",
     "open_data",
+    "read_picture",
     "seed_all",
     "stop_workers",
     "training_loader",
@@ -47,6 +48,12 @@ def seed_all(*position: int) -> None:
     random.seed(int(first))
     np.random.seed(int(second) % 2**32)
     torch.manual_seed(int(third))
+
+
+def read_picture(path: str) -> Image.Image:
+    """In RGB, and upright where the camera noted how it was held."""
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 class Images(Protocol):
@@ -73,8 +80,7 @@ class Folder:
 
     def open(self, index: int) -> tuple[Image.Image, int]:
         path, target = self.samples[index]
-        with Image.open(path) as image:
-            return image.convert("RGB"), target
+        return read_picture(path), target
 
 
 @dataclass
