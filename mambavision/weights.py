@@ -9,8 +9,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .files import replacing
 from .hub import MissingExtra, locate
 from .published import sizes_of, variants_of
 
@@ -243,18 +243,6 @@ def read_config(path_or_repo_id: str | PathLike[str]) -> dict[str, Any]:
     return _open("read_config", path_or_repo_id, _read_config)[0]
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that becomes `path` at the end, or nothing at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def save_checkpoint(
     model: nn.Module, path: str | PathLike[str], *, config: Mapping[str, Any] | None = None
 ) -> None:
@@ -289,9 +277,9 @@ def save_checkpoint(
     state = {k: x.detach().cpu().contiguous() for k, x in model.state_dict().items()}
     if path.suffix == ".safetensors":
         save = _safetensors().save
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             # save_file would make a file that only its owner may read.
             temporary.write_bytes(save(state, {"format": "pt", "config": text}))
     else:
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             torch.save({"state_dict": state, "config": json.loads(text)}, temporary)

@@ -36,9 +36,10 @@ MAY_IMPORT = {
         "torch", "triton", "mambavision.blocks", "mambavision.inference", "mambavision.mixer",
     },
     "mambavision.published": {"torch"},
+    "mambavision.files": set(),
     "mambavision.hub": {"torch", "huggingface_hub"},
     "mambavision.weights": {
-        "torch", "safetensors", "mambavision.hub", "mambavision.published",
+        "torch", "safetensors", "mambavision.files", "mambavision.hub", "mambavision.published",
     },
     "mambavision.variants": {
         "mambavision.hub", "mambavision.model", "mambavision.published", "mambavision.weights",

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import CommandError
+from ..files import replacing
 from .options import Options
 
 __all__ = ["RunFolder", "whole"]
@@ -36,29 +37,13 @@ REDRAWN = 10.0  # seconds between drawings
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path whose file becomes `path`, once it is on the disk; `path` is never partial.
-
-    Raises `CommandError` where it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
+    """`replacing`; raises `CommandError`, in the system's words, where it cannot write."""
     try:
-        yield temporary
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if not isinstance(error, Exception):
-            raise
-        reason = _reason(error)
+        with replacing(path) as temporary:
+            yield temporary
+    except Exception as error:
         kept = f"; {path} is as it was" if path.exists() else ""
-        raise CommandError(f"cannot write {path}: {reason}{kept}") from error
+        raise CommandError(f"cannot write {path}: {_reason(error)}{kept}") from error
 
 
 def _reason(error: BaseException) -> str:
