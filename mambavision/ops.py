@@ -114,7 +114,9 @@ def _call(tensors: Sequence[Any], backend: str) -> tuple[Any, ...] | None:
         if x is None:
             key.append(None)
         elif type(x) is Tensor or type(x) is torch.nn.Parameter:
-            key += (x.shape, x.dtype, x.device)
+            key.append(x.shape)
+            key.append(x.dtype)
+            key.append(x.device)
         else:
             return None
     return tuple(key)
@@ -122,7 +124,7 @@ def _call(tensors: Sequence[Any], backend: str) -> tuple[Any, ...] | None:
 
 # The backend of calls that passed the checks. To ask again costs more than all else that Python
 # does for a call, and a model asks the same few questions in every step.
-_settled: dict[tuple[Any, ...], str] = {}
+_settled: dict[tuple[Any, ...], ModuleType] = {}
 
 
 def _traced(x: Tensor) -> bool:
@@ -505,15 +507,15 @@ def mixer(
     )  # fmt: skip
     traced = isinstance(xz, Tensor) and _traced(xz)
     call = None if traced else _call(inputs, backend)
-    if call is not None and call in _settled:
-        backend = _settled[call]
-    else:
+    module = None if call is None else _settled.get(call)
+    if module is None:
         check_mixer(*inputs)
         backend = _choose("mixer", backend, A.shape[1], *inputs)
+        if traced:
+            return _mixer_fwd(*inputs, _save_states(*inputs), backend)[0]
+        module = _module(backend)
         if call is not None:
             if len(_settled) > 4096:
                 _settled.clear()
-            _settled[call] = backend
-    if traced:
-        return _mixer_fwd(*inputs, _save_states(*inputs), backend)[0]
-    return _module(backend).mixer(*inputs[:8], conv_x_bias=conv_x_bias, conv_z_bias=conv_z_bias)
+            _settled[call] = module
+    return module.mixer(*inputs[:8], conv_x_bias=conv_x_bias, conv_z_bias=conv_z_bias)
