@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops  # noqa: F401  (the operators that are replaced)
+from .files import replacing
 
 __all__ = ["decompositions", "export"]
 
@@ -175,4 +176,5 @@ def export(
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         exported.save(Path(folder) / path.name)
         for file in sorted(Path(folder).iterdir(), reverse=True):
-            file.replace(path.with_name(file.name))
+            with replacing(path.with_name(file.name)) as temporary:
+                file.replace(temporary)
