@@ -108,8 +108,6 @@ def compile_launch(launch: Launch, target: str):
     """The compiled kernel of one launch for one of MACHINES."""
     function = resolve(launch.function)
     position = {param.name: i for i, param in enumerate(function.params)}
-    if MACHINES[target].gpu.backend == "hip":
-        launch = launch.with_overrides({"PREFETCH": False})  # as on such a machine
     source = ASTSource(
         function,
         signature=launch.signature,

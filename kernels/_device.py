@@ -9,14 +9,13 @@ a channel are a tuple of them.
 """
 
 from functools import wraps
+from operator import itemgetter
 
 import torch
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# The one instruction that Triton has no portable name for, and only a hint
-PREFETCH = not (torch.version.hip or triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -83,15 +82,6 @@ def load_vector(ptr, offs_d):
 
 
 @triton.jit
-def prefetch(ptrs):
-    """Asks for the lines of 32 addresses, one a lane, and waits for none."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L1 [$1]; mov.u32 $0, 0;",
-        "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def load_states(ptr, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
     """The dstate values of each channel of a (dim, dstate) tensor, a tuple of state registers."""
     return to_float32(load_alike(ptr + offs_d * dstate, offs_d, dstate, BLOCK_N))
@@ -110,6 +100,32 @@ def load_alike(ptr, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
         else:
             values = values + (tl.load(at, mask=offs_n < dstate, other=0.0),)
     return values
+
+
+@triton.jit
+def rows(tile):
+    """The rows of a tile, a power of 2 of at most 16. A lane gets the column, or columns, that it
+    works on, through shared memory where it had loaded others."""
+    COUNT: tl.constexpr = tile.shape[0]
+    WIDTH: tl.constexpr = tile.shape[1]
+    # Bits of the row's number behind the column, the highest last: halves stay in order
+    if COUNT == 1:
+        parts = (tl.reshape(tile, (WIDTH,)),)
+    elif COUNT == 2:
+        parts = (tl.permute(tile, (1, 0)),)
+    elif COUNT == 4:
+        parts = (tl.permute(tl.reshape(tile, (2, 2, WIDTH)), (2, 1, 0)),)
+    elif COUNT == 8:
+        parts = (tl.permute(tl.reshape(tile, (2, 2, 2, WIDTH)), (3, 2, 1, 0)),)
+    else:
+        parts = (tl.permute(tl.reshape(tile, (2, 2, 2, 2, WIDTH)), (4, 3, 2, 1, 0)),)
+    for s in tl.static_range(4):
+        if 2 << s <= COUNT:
+            halves = ()
+            for k in tl.static_range(len(parts)):
+                halves = halves + tl.split(parts[k])
+            parts = halves
+    return parts
 
 
 @triton.jit
@@ -132,7 +148,7 @@ def store_states(ptr, values, offs_d, mask_d, dstate: tl.constexpr, BLOCK_N: tl.
 def dot_states(a, b):
     """<a, b> over the states of each channel, (BLOCK_D,)."""
     products = a[0] * b[0]
-    if a[0].shape[0] == 32:
+    if a[0].shape[0] >= 32:
         # A lane holds whole channels: a chain of fused multiply-adds
         dot = tl.sum(products, axis=1)
         for r in tl.static_range(1, len(a)):
@@ -246,42 +262,71 @@ def store_sums(ptr, stride: tl.constexpr, values, steps, STEPS: tl.constexpr, ds
         tl.store(ptr + step * stride + lanes // 16 * dstate + n, values[r], mask=mask)
 
 
-_compiled = {}
+class _Codes:
+    """The machine codes of a kernel by what they depend on, types, alignment, numbers; each with
+    the constants that launches leave to options."""
+
+    def __init__(self, kernel, args):
+        names = kernel.arg_names
+        pointers = [name.endswith("_ptr") for name in names[: len(args)]]
+        self.tensors = itemgetter(*(i for i, pointer in enumerate(pointers) if pointer))
+        self.numbers = itemgetter(*(i for i, pointer in enumerate(pointers) if not pointer))
+        self.optional = names[len(args) :]
+        # Held, or another kernel might come to have its id
+        self.kernel, self.found = kernel, {}
+
+    def key(self, device, args, options):
+        tensors = [
+            x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in self.tensors(args)
+        ]
+        return device.index, self.numbers(args), *options.values(), *tensors
+
+
+# By the id of a kernel: Triton hashes its source
+_codes = {}
 
 
 def launch(kernel, grid, args, options):
     """Runs a kernel on the device of its first argument; constants that `args` lacks are options.
 
     Triton inspects every argument of every call to find the machine code for it, several times the
-    work of the launch itself. Here that code is looked up by what it depends on: types, alignment,
-    numbers. Where there is none to keep, as in the interpreter, each call takes Triton's own way.
+    work of the launch itself. Here that code is looked up. Where there is none to keep, as in the
+    interpreter, each call takes Triton's own way.
     """
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, args, options)
-    known = _compiled.get(kernel)
-    if known is not None:
-        key = _key(device, args, options)
-        if (found := known.get(key)) is not None:
-            found[(*grid, 1, 1)](*args, *(options[name] for name in kernel.arg_names[len(args) :]))
-            return
-    found = kernel[grid](*args, **options)
-    if found is not None:
-        _compiled.setdefault(kernel, {})[_key(device, args, options)] = found
+    codes = _codes.get(id(kernel))
+    if codes is not None and (known := codes.found.get(codes.key(device, args, options))):
+        code, constants = known
+        code[(*grid, 1, 1)](*args, *constants)
+        return
+    code = kernel[grid](*args, **options)
+    if code is not None:
+        codes = _codes.setdefault(id(kernel), codes or _Codes(kernel, args))
+        constants = [options[name] for name in codes.optional]
+        codes.found[codes.key(device, args, options)] = code, constants
 
 
-def _key(device, args, options):
-    key = [
-        (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor) else x for x in args
-    ]
-    return device.index, *key, *options.values()
+def rows_of(x):
+    """x (batch, seqlen, dim) as the kernels read it, adjacent channels and all rows at one
+    distance, also across batch entries; and that distance. Another layout costs a copy."""
+    batch, seqlen, dim = x.shape
+    stride_b, stride_l, stride_d = x.stride()
+    # An axis of length 1 may have any stride
+    if seqlen == 1:
+        stride_l = stride_b
+    if stride_d == 1 and (batch == 1 or stride_b == seqlen * stride_l):
+        return x, stride_l
+    return x.clone(memory_format=torch.contiguous_format), dim
 
 
-def channel_last(x):
-    """x (batch, seqlen, dim) as the kernels read it: adjacent channels, rows at one distance inside
-    a batch entry. Any other layout costs a contiguous copy."""
-    return x if x.stride(2) == 1 and x.stride(0) >= x.stride(1) else x.contiguous()
+def cast(x, like):
+    """A gradient in the dtype of its argument; None where that is None."""
+    if like is None:
+        return None
+    return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
 def first_derivative_only(backward):

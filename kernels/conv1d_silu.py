@@ -233,19 +233,6 @@ def _conv1d_silu_bwd_kernel(
     )  # fmt: skip
 
 
-def rows_of(x):
-    """x (batch, seqlen, dim) as these kernels read it, adjacent channels and all rows at one
-    distance, also across batch entries; and that distance. Another layout costs a copy."""
-    batch, seqlen, dim = x.shape
-    stride_b, stride_l, stride_d = x.stride()
-    # An axis of length 1 may have any stride
-    if seqlen == 1:
-        stride_l = stride_b
-    if stride_d == 1 and (batch == 1 or stride_b == seqlen * stride_l):
-        return x, stride_l
-    return x.clone(memory_format=torch.contiguous_format), dim
-
-
 @lru_cache(maxsize=1024)
 def blocks_of(config, batch, seqlen, dim):
     """Blocks of runs, and of channels."""
@@ -254,6 +241,7 @@ def blocks_of(config, batch, seqlen, dim):
     return triton.cdiv(runs, config["BLOCK_L"]), triton.cdiv(dim, config["BLOCK_D"])
 
 
+@lru_cache(maxsize=1024)
 def share_out(blocks, blocks_d):
     """Blocks of runs that one program of the backward pass takes, and programs over rows."""
     count = max(1, triton.cdiv(blocks * blocks_d, PROGRAMS))
@@ -263,7 +251,7 @@ def share_out(blocks, blocks_d):
 def conv1d_silu_fwd(x, weight, bias, activation):
     """y."""
     batch, seqlen, dim = x.shape
-    x, stride_xl = rows_of(x)
+    x, stride_xl = dev.rows_of(x)
     y = x.new_empty(batch, seqlen, dim)
     blocks, blocks_d = blocks_of("fwd", batch, seqlen, dim)
     if batch:
@@ -282,7 +270,7 @@ def conv1d_silu_bwd(dy, x, weight, bias, activation):
     """(dx, dweight, dbias), dbias None without a bias."""
     batch, seqlen, dim = x.shape
     width = weight.shape[-1]
-    (dy, stride_dyl), (x, stride_xl) = rows_of(dy), rows_of(x)
+    (dy, stride_dyl), (x, stride_xl) = dev.rows_of(dy), dev.rows_of(x)
     dx = x.new_empty(batch, seqlen, dim)
     blocks, blocks_d = blocks_of("bwd", batch, seqlen, dim)
     count, programs = share_out(blocks, blocks_d)

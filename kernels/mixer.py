@@ -48,7 +48,6 @@ from .conv1d_silu import (
     convolve_fwd,
     load_run,
     load_taps,
-    rows_of,
     runs_of,
     share_out,
 )
@@ -293,7 +292,7 @@ def mixer_fwd(
     """(yz, dt_low, BC, states): the output, and what the backward pass keeps; states is empty,
     since the backward pass computes them again."""
     (batch, seqlen, _), (dim, dt_rank), dstate = xz.shape, dt_proj_weight.shape, A.shape[1]
-    xz, stride_xzl = rows_of(xz)
+    xz, stride_xzl = dev.rows_of(xz)
     yz = xz.new_empty(batch, seqlen, 2 * dim)
     delta = xz.new_empty(batch, seqlen, dim)
     dt_low = xz.new_empty(batch, seqlen, dt_rank)
@@ -323,7 +322,7 @@ def mixer_bwd(
     dconv_x_bias, dconv_z_bias), None where an argument is."""
     (batch, seqlen, _), (dim, dt_rank), dstate = xz.shape, dt_proj_weight.shape, A.shape[1]
     rows, widths = batch * seqlen, (conv_x_weight.shape[-1], conv_z_weight.shape[-1])
-    (xz, stride_xzl), (dyz, stride_dyzl) = rows_of(xz), rows_of(dyz)
+    (xz, stride_xzl), (dyz, stride_dyzl) = dev.rows_of(xz), dev.rows_of(dyz)
     x, delta = xz.new_empty(batch, seqlen, dim), xz.new_empty(batch, seqlen, dim)
     low = None if dt_rank % 8 == 0 else _aligned(xz, rows, dt_rank)
     if batch:
@@ -336,7 +335,7 @@ def mixer_bwd(
     dx, ddelta, dA, dB, dC, dD, _, ddelta_bias, _ = selective_scan_bwd(
         dyz[..., :dim], None, *scanned, states, True, False
     )
-    (dB, stride_dBl), (dC, stride_dCl) = rows_of(dB), rows_of(dC)
+    (dB, stride_dBl), (dC, stride_dCl) = dev.rows_of(dB), dev.rows_of(dC)
     dw = _aligned(xz, rows, dt_rank + 2 * dstate)
     dxz = xz.new_empty(batch, seqlen, 2 * dim)
     blocks, blocks_d = blocks_of("bwd", batch, seqlen, dim)

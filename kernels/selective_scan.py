@@ -21,18 +21,19 @@ Shapes: u, delta, z, y (batch, seqlen, dim); A (dim, dstate); B, C (batch, seqle
 Split: one warp owns one batch entry and BLOCK_D channels of one group, and walks the sequence. A
 state register is a tile (BLOCK_D, BLOCK_N), BLOCK_N states of every channel, and the dstate states
 are a tuple of them. Where BLOCK_D = 32 a lane owns a channel with all its states, so a step
-exchanges nothing between lanes; B_t and C_t are the same address for every lane, 16 bytes at a
-time. Above dstate 16 states lie side by side over lanes.
+exchanges nothing between lanes but B_t and C_t, which all lanes need alike: each loads one value of
+them for several steps, and shared memory gives every lane all. Above dstate 16 states lie side by
+side over lanes.
 
 A few channels make too few warps. Forward, the lanes of a program then share out SPLIT pieces of
 the sequence: each walks its piece twice, first from no state for the one that it leaves, which
 gives the states that enter the pieces, then from that for y.
 
-A step's rows are used once, far from any cache, so what counts is latency. The loops run STEPS
-steps per iteration. Forward, each step, once done, loads the same step of the next iteration into
-the registers that it has just left. Backward has no registers to spare: it asks the cache for the
-rows of the iteration after the next, loads at the top, and stores and sums over lanes at the end,
-where those of all steps overlap. benchmarks/NOTES.md has what each of these brought.
+A step's rows are used once, far from any cache, and a few warps hide nothing, so what counts is
+when loads begin. The loops run STEPS steps per iteration and load what the next one needs first of
+all. That works only where the registers loaded into hold nothing that is still needed: rows are
+widened and tiles copied (`_used_up`) before. Else the assembler puts the loads last, or makes other
+instructions wait for them; benchmarks/NOTES.md has what each of these cost.
 
 In training the forward pass keeps the state before every STEPS steps (`states`); the backward pass
 re-runs these steps in registers and sweeps them in reverse. Sums over programs have two stages,
@@ -70,8 +71,8 @@ ANY = float("inf")
 # The first that serves a call. `make static-report` counts registers, spills and instructions.
 FORWARD = (
     Config(8, 2048, (7, 4), 32, 4, 16, "16 times the warps for twice the work: one image in 9 us"),
-    Config(8, 8192, (7,), 32, 4, 4, "4 times the warps for twice the work: 20 us instead of 26"),
-    Config(8, ANY, (8, 7), 32, 4, 1, "70 slots a step; 7 divides windows of 7 x 7 and 14 x 14"),
+    Config(8, 8192, (7,), 32, 4, 8, "8 times the warps for twice the work: 20 us instead of 22"),
+    Config(8, ANY, (8, 7), 32, 4, 1, "loads far ahead; 7 divides windows of 7 x 7 and 14 x 14"),
     Config(16, ANY, (4,), 32, 4, 1, "twice the registers per step, so half the steps"),
     Config(64, ANY, (2,), 8, 16, 1, "64 states fit no lane; 4 lanes a channel hold them"),
 )
@@ -95,18 +96,19 @@ def _config(table, channels, dstate):
 
 @cache
 def _forward_constants(batch, seqlen, dim, groups, dstate, save_states):
-    """STEPS, BLOCK_D, BLOCK_N, SPLIT, EVEN_L, EVEN_D of a launch."""
+    """STEPS, BLOCK_D, BLOCK_N, SPLIT, EVEN_L, EVEN_D, KEEP of a launch."""
     config = _config(FORWARD, ANY if save_states else batch * dim, dstate)
+    keep = _config(BACKWARD, ANY, dstate).STEPS[0]
     if save_states:
-        # A state for each run of steps that the backward pass takes
-        config = config._replace(STEPS=_config(BACKWARD, ANY, dstate).STEPS)
-    return _constants(config, seqlen, dim // groups, dstate)
+        # A state for each run of steps that the backward pass takes; two of them in long sequences
+        config = config._replace(STEPS=(2 * keep if seqlen > 64 else keep,))
+    return *_constants(config, seqlen, dim // groups, dstate), keep
 
 
 @cache
 def _backward_constants(seqlen, dim, groups, dstate):
-    """As above, and PREFETCH."""
-    return *_constants(_config(BACKWARD, ANY, dstate), seqlen, dim // groups, dstate), dev.PREFETCH
+    """As above, but for KEEP."""
+    return _constants(_config(BACKWARD, ANY, dstate), seqlen, dim // groups, dstate)
 
 
 def _constants(config, seqlen, group_dim, dstate):
@@ -177,23 +179,86 @@ def _step_size(
 
 
 @triton.jit
-def _load_row(ptr, stride_l: tl.constexpr, first, rest, offs_d):
-    """Row first + rest of a (seqlen, dim) tensor, as memory holds it."""
-    return tl.load(ptr + first * stride_l + offs_d + rest * stride_l)
+def _load_rows(
+    ptr, stride_l: tl.constexpr, t0, seqlen, offs_d, STEPS: tl.constexpr, EVEN_L: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    """STEPS rows of a (seqlen, dim) tensor from step t0 on, as memory holds them, and none outside
+    the sequence."""
+    t0 = tl.minimum(t0, seqlen - (STEPS if EVEN_L else 1))
+    at = ptr + _row(t0, seqlen, REVERSE) * stride_l + offs_d
+    rows = ()
+    for i in tl.static_range(STEPS):
+        rows = rows + (tl.load(at + _behind(i, t0, seqlen, EVEN_L, REVERSE) * stride_l),)
+    return rows
 
 
 @triton.jit
-def _rows_from(t0, seqlen, STEPS: tl.constexpr, REVERSE: tl.constexpr):
-    """A row for each lane, STEPS of them from step t0 on, none outside the sequence."""
-    t = t0 + tl.arange(0, 32) % STEPS
-    return _row(tl.minimum(tl.maximum(t, 0), seqlen - 1), seqlen, REVERSE)
+def _load_states_of(
+    ptr, stride_l: tl.constexpr, t0, seqlen, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """STEPS steps of B or C from t0 on, float32 while a lane has few values: tiles of one value a
+    lane, a row for each register of a step; or all registers, where each lane is at a step of its
+    own."""
+    EACH: tl.constexpr = triton.next_power_of_2(triton.cdiv(dstate, BLOCK_N))
+    values = ()
+    if SPLIT == 1:
+        ROWS: tl.constexpr = triton.next_power_of_2(STEPS) * EACH
+        TILE: tl.constexpr = min(ROWS, max(32 // BLOCK_N, 1))
+        for k in tl.static_range(ROWS // TILE):
+            row = k * TILE + tl.arange(0, TILE)
+            t = tl.minimum(t0 + row // EACH, seqlen - 1)
+            offs_n = (row % EACH)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            at = ptr + (_row(t, seqlen, REVERSE) * stride_l)[:, None] + offs_n
+            if dstate == EACH * BLOCK_N:
+                tile = tl.load(at)
+            else:
+                tile = tl.load(at, mask=offs_n < dstate, other=0.0)
+            values = values + (tile.to(tl.float32),)
+    else:
+        for i in tl.static_range(STEPS):
+            row = _row(tl.minimum(t0 + i, seqlen - 1), seqlen, REVERSE)
+            step = dev.load_alike(ptr + row * stride_l, offs_d, dstate, BLOCK_N)
+            values = values + dev.to_float32(step)
+    return values
 
 
 @triton.jit
-def _channels_ahead(offs_d, STEPS: tl.constexpr):
-    """A channel for each lane, so that with `_rows_from` each row is touched every 16 bytes."""
-    spread = tl.arange(0, 32) // STEPS * 8 % offs_d.shape[0]
-    return tl.minimum(tl.min(offs_d, axis=0) + spread, tl.max(offs_d, axis=0))
+def _used_up(values):
+    """The values in other registers: loads into their own can begin at once, nothing waits for
+    these before the next iteration. 0 is added, which no compiler may leave out: -0 changes."""
+    copies = ()
+    for k in tl.static_range(len(values)):
+        copies = copies + (values[k] + 0.0,)
+    return copies
+
+
+@triton.jit
+def _share_out(tiles, SPLIT: tl.constexpr):
+    """Registers of all steps from `_load_states_of`, the same for every channel."""
+    if SPLIT == 1:
+        rows = ()
+        for k in tl.static_range(len(tiles)):
+            rows = rows + dev.rows(tiles[k])
+        return rows
+    else:
+        return tiles
+
+
+@triton.jit
+def _step_of(
+    rows, i: tl.constexpr, dstate: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr
+):
+    """The registers of step i."""
+    R: tl.constexpr = triton.cdiv(dstate, BLOCK_N)
+    values = ()
+    for r in tl.static_range(R):
+        if SPLIT == 1:
+            values = values + (rows[i * triton.next_power_of_2(R) + r][None, :],)
+        else:
+            values = values + (rows[i * R + r],)
+    return values
 
 
 @triton.jit
@@ -242,36 +307,36 @@ def _state_before_piece(h0, h, A, total, piece, SPLIT: tl.constexpr):
     return entering
 
 
-# Not compiled anew for each: sizes, and strides that no wide load follows
-GENERIC = ["batch", "seqlen", "stride_ub", "stride_deltab", "stride_zb", "stride_yb", "stride_dyb"]
+# Not compiled anew for each
+GENERIC = ["batch", "seqlen"]
 
 
 @triton.jit(do_not_specialize=GENERIC)
 def _scan_fwd_kernel(
-    u_ptr, stride_ub, stride_ul: tl.constexpr,  # (batch, seqlen, dim)
-    delta_ptr, stride_deltab, stride_deltal: tl.constexpr,  # (batch, seqlen, dim)
+    u_ptr, stride_ul: tl.constexpr,  # (batch, seqlen, dim)
+    delta_ptr, stride_deltal: tl.constexpr,  # (batch, seqlen, dim)
     A_ptr,  # (dim, dstate)
     B_ptr, stride_Bl: tl.constexpr, stride_Bg: tl.constexpr,  # (batch, seqlen, groups, dstate)
     C_ptr, stride_Cl: tl.constexpr, stride_Cg: tl.constexpr,  # or constant, as A
     D_ptr,  # (dim,) or None
-    z_ptr, stride_zb, stride_zl: tl.constexpr,  # (batch, seqlen, dim) or None
+    z_ptr, stride_zl: tl.constexpr,  # (batch, seqlen, dim) or None
     delta_bias_ptr,  # (dim,) or None
     initial_state_ptr,  # (batch, dim, dstate) or None
-    y_ptr, stride_yb, stride_yl: tl.constexpr,  # (batch, seqlen, dim)
+    y_ptr, stride_yl: tl.constexpr,  # (batch, seqlen, dim)
     last_state_ptr,  # (batch, dim, dstate)
     states_ptr,  # (batch, chunks, dim, dstate) or None
     seqlen, dim: tl.constexpr, group_dim: tl.constexpr,
     dstate: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
     DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN_L: tl.constexpr, EVEN_D: tl.constexpr,
+    EVEN_L: tl.constexpr, EVEN_D: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     b, _, group, offs_d, mask_d = _owned_channels(dim, group_dim, BLOCK_D, SPLIT, EVEN_D)
-    u_ptr += b * stride_ub
-    delta_ptr += b * stride_deltab
-    y_ptr += b * stride_yb
+    u_ptr += b * seqlen * stride_ul
+    delta_ptr += b * seqlen * stride_deltal
+    y_ptr += b * seqlen * stride_yl
     if z_ptr is not None:
-        z_ptr += b * stride_zb
+        z_ptr += b * seqlen * stride_zl
     A = dev.load_states(A_ptr, offs_d, dstate, BLOCK_N)
     if CONST_B:
         B_t = dev.load_states(B_ptr, offs_d, dstate, BLOCK_N)
@@ -295,74 +360,82 @@ def _scan_fwd_kernel(
         total = tl.zeros((BLOCK_D,), tl.float32)
         for walked in range(0, length, STEPS):
             t0 = start + walked
-            first = _row(t0, seqlen, REVERSE)
+            us = _load_rows(u_ptr, stride_ul, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+            deltas = _load_rows(
+                delta_ptr, stride_deltal, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE
+            )
+            if not CONST_B:
+                Bs = _load_states_of(
+                    B_ptr, stride_Bl, t0, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+                )
             for i in tl.static_range(STEPS):
-                rest = _behind(i, t0, seqlen, EVEN_L, REVERSE)
-                u = _load_row(u_ptr, stride_ul, first, rest, offs_d).to(tl.float32)
-                delta = _load_row(delta_ptr, stride_deltal, first, rest, offs_d).to(tl.float32)
+                u, delta = us[i].to(tl.float32), deltas[i].to(tl.float32)
                 dt = _step_size(delta, delta_bias, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
                 total += dt
                 if not CONST_B:
-                    at = B_ptr + first * stride_Bl + rest * stride_Bl
-                    B_t = dev.to_float32(dev.load_alike(at, offs_d, dstate, BLOCK_N))
+                    B_t = _step_of(Bs, i, dstate, BLOCK_N, SPLIT)
                 h = _next_state(h, A, B_t, dt, dt * u)
         h = _state_before_piece(h0, h, A, total, piece, SPLIT)
 
-    us, deltas, zs, Bs, Cs = (), (), (), (), ()
-    first = _row(start, seqlen, REVERSE)
-    for i in tl.static_range(STEPS):
-        row = first + _behind(i, start, seqlen, EVEN_L, REVERSE)
-        us = us + (tl.load(u_ptr + row * stride_ul + offs_d),)
-        deltas = deltas + (tl.load(delta_ptr + row * stride_deltal + offs_d),)
-        if z_ptr is not None:
-            zs = zs + (tl.load(z_ptr + row * stride_zl + offs_d),)
-        if not CONST_B:
-            Bs = Bs + (dev.load_alike(B_ptr + row * stride_Bl, offs_d, dstate, BLOCK_N),)
-        if not CONST_C:
-            Cs = Cs + (dev.load_alike(C_ptr + row * stride_Cl, offs_d, dstate, BLOCK_N),)
+    u_rows = _load_rows(u_ptr, stride_ul, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+    delta_rows = _load_rows(delta_ptr, stride_deltal, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+    if z_ptr is not None:
+        z_rows = _load_rows(z_ptr, stride_zl, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+    if not CONST_B:
+        B_tiles = _load_states_of(
+            B_ptr, stride_Bl, start, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+        )
+    if not CONST_C:
+        C_tiles = _load_states_of(
+            C_ptr, stride_Cl, start, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+        )
     for walked in range(0, length, STEPS):
         t0 = start + walked
-        if states_ptr is not None:
-            chunk = b * tl.cdiv(seqlen, STEPS) + t0 // STEPS
-            at = states_ptr + chunk * dim * dstate
-            dev.store_states(at, h, offs_d, mask_d, dstate, BLOCK_N)
-        # The last iteration loads rows of its own again
-        t1 = tl.minimum(t0 + STEPS, seqlen - (STEPS if EVEN_L else 1))
-        first = _row(t1, seqlen, REVERSE)
-        us_next, deltas_next, zs_next, Bs_next, Cs_next, ys = (), (), (), (), (), ()
+        t1 = t0 + STEPS
+        us, deltas = dev.to_float32(u_rows), dev.to_float32(delta_rows)
+        u_rows = _load_rows(u_ptr, stride_ul, t1, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+        delta_rows = _load_rows(
+            delta_ptr, stride_deltal, t1, seqlen, offs_d, STEPS, EVEN_L, REVERSE
+        )
+        if z_ptr is not None:
+            zs = dev.to_float32(z_rows)
+            z_rows = _load_rows(z_ptr, stride_zl, t1, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+        if not CONST_B:
+            Bs = _used_up(B_tiles)
+            B_tiles = _load_states_of(
+                B_ptr, stride_Bl, t1, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+            )
+        if not CONST_C:
+            Cs = _used_up(C_tiles)
+            C_tiles = _load_states_of(
+                C_ptr, stride_Cl, t1, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+            )
+        # What waits for shared memory comes behind these loads, and keeps them from sinking
+        if not CONST_B:
+            Bs = _share_out(Bs, SPLIT)
+        if not CONST_C:
+            Cs = _share_out(Cs, SPLIT)
+        ys = ()
         for i in tl.static_range(STEPS):
-            u = us[i].to(tl.float32)
-            delta = deltas[i].to(tl.float32)
-            dt = _step_size(delta, delta_bias, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
+            if states_ptr is not None and i % KEEP == 0:
+                chunk = b * tl.cdiv(seqlen, KEEP) + (t0 + i) // KEEP
+                at = states_ptr + chunk * dim * dstate
+                in_seq = mask_d if EVEN_L else mask_d & (t0 + i < seqlen)
+                dev.store_states(at, h, offs_d, in_seq, dstate, BLOCK_N)
+            u = us[i]
             if not CONST_B:
-                B_t = dev.to_float32(Bs[i])
+                B_t = _step_of(Bs, i, dstate, BLOCK_N, SPLIT)
             if not CONST_C:
-                C_t = dev.to_float32(Cs[i])
+                C_t = _step_of(Cs, i, dstate, BLOCK_N, SPLIT)
+            dt = _step_size(deltas[i], delta_bias, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
             h = _next_state(h, A, B_t, dt, dt * u)
             y = dev.dot_states(h, C_t) + D * u
             if z_ptr is not None:
-                y *= dev.silu(zs[i].to(tl.float32))
+                y *= dev.silu(zs[i])
             ys = ys + (y,)
-            # The same step of the next iteration, into registers that are free from here on
-            rest = _behind(i, t1, seqlen, EVEN_L, REVERSE)
-            us_next = us_next + (_load_row(u_ptr, stride_ul, first, rest, offs_d),)
-            delta = _load_row(delta_ptr, stride_deltal, first, rest, offs_d)
-            deltas_next = deltas_next + (delta,)
-            if z_ptr is not None:
-                zs_next = zs_next + (_load_row(z_ptr, stride_zl, first, rest, offs_d),)
-            if not CONST_B:
-                at = B_ptr + first * stride_Bl + rest * stride_Bl
-                Bs_next = Bs_next + (dev.load_alike(at, offs_d, dstate, BLOCK_N),)
-            if not CONST_C:
-                at = C_ptr + first * stride_Cl + rest * stride_Cl
-                Cs_next = Cs_next + (dev.load_alike(at, offs_d, dstate, BLOCK_N),)
-        us, deltas, zs, Bs, Cs = us_next, deltas_next, zs_next, Bs_next, Cs_next
-        # At the end, so that no store stands between the loads
         first = _row(t0, seqlen, REVERSE)
         for i in tl.static_range(STEPS):
-            mask = mask_d
-            if not EVEN_L:
-                mask = mask & (t0 + i < seqlen)
+            mask = mask_d if EVEN_L else mask_d & (t0 + i < seqlen)
             rest = _behind(i, t0, seqlen, True, REVERSE)
             dev.store(y_ptr + first * stride_yl + offs_d + rest * stride_yl, ys[i], mask)
 
@@ -374,15 +447,15 @@ def _scan_fwd_kernel(
 
 @triton.jit(do_not_specialize=GENERIC)
 def _scan_bwd_kernel(
-    dy_ptr, stride_dyb, stride_dyl: tl.constexpr,  # (batch, seqlen, dim)
+    dy_ptr, stride_dyl: tl.constexpr,  # (batch, seqlen, dim)
     dlast_state_ptr,  # (batch, dim, dstate) or None
-    u_ptr, stride_ub, stride_ul: tl.constexpr,  # (batch, seqlen, dim)
-    delta_ptr, stride_deltab, stride_deltal: tl.constexpr,  # (batch, seqlen, dim)
+    u_ptr, stride_ul: tl.constexpr,  # (batch, seqlen, dim)
+    delta_ptr, stride_deltal: tl.constexpr,  # (batch, seqlen, dim)
     A_ptr,  # (dim, dstate)
     B_ptr, stride_Bl: tl.constexpr, stride_Bg: tl.constexpr,  # (batch, seqlen, groups, dstate)
     C_ptr, stride_Cl: tl.constexpr, stride_Cg: tl.constexpr,  # or constant, as A
     D_ptr,  # (dim,) or None
-    z_ptr, stride_zb, stride_zl: tl.constexpr,  # (batch, seqlen, dim) or None
+    z_ptr, stride_zl: tl.constexpr,  # (batch, seqlen, dim) or None
     delta_bias_ptr,  # (dim,) or None
     states_ptr,  # (batch, chunks, dim, dstate)
     du_ptr,  # (batch, seqlen, dim)
@@ -397,20 +470,20 @@ def _scan_bwd_kernel(
     dstate: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
     DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN_L: tl.constexpr, EVEN_D: tl.constexpr, PREFETCH: tl.constexpr,
+    EVEN_L: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     b, block, group, offs_d, mask_d = _owned_channels(dim, group_dim, BLOCK_D, SPLIT, EVEN_D)
     chunks = tl.cdiv(seqlen, STEPS)
-    dy_ptr += b * stride_dyb
+    dy_ptr += b * seqlen * stride_dyl
     du_ptr += b * seqlen * dim
     ddelta_ptr += b * seqlen * dim
     if dBC_ptr is not None:
         dBC_ptr += (block * batch + b) * seqlen * 2 * dstate
     states_ptr += b * chunks * dim * dstate
-    u_ptr += b * stride_ub
-    delta_ptr += b * stride_deltab
+    u_ptr += b * seqlen * stride_ul
+    delta_ptr += b * seqlen * stride_deltal
     if z_ptr is not None:
-        z_ptr += b * stride_zb
+        z_ptr += b * seqlen * stride_zl
         dz_ptr += b * seqlen * dim
     A = dev.load_states(A_ptr, offs_d, dstate, BLOCK_N)
     if CONST_B:
@@ -428,37 +501,49 @@ def _scan_bwd_kernel(
     dA, dB_sum, dC_sum = dev.zeros(A), dev.zeros(A), dev.zeros(A)
     dD, ddelta_bias = tl.zeros_like(D), tl.zeros_like(D)
 
-    ahead_d = _channels_ahead(offs_d, STEPS)
+    t0 = (chunks - 1) * STEPS
+    u_rows = _load_rows(u_ptr, stride_ul, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+    delta_rows = _load_rows(delta_ptr, stride_deltal, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+    dy_rows = _load_rows(dy_ptr, stride_dyl, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+    if z_ptr is not None:
+        z_rows = _load_rows(z_ptr, stride_zl, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+    if not CONST_B:
+        B_tiles = _load_states_of(
+            B_ptr, stride_Bl, t0, seqlen, offs_d, dstate, BLOCK_N, STEPS, 1, REVERSE
+        )
+    if not CONST_C:
+        C_tiles = _load_states_of(
+            C_ptr, stride_Cl, t0, seqlen, offs_d, dstate, BLOCK_N, STEPS, 1, REVERSE
+        )
+    at = states_ptr + tl.cast(chunks - 1, tl.int64) * dim * dstate
+    kept = dev.load_states(at, offs_d, dstate, BLOCK_N)
     for k in range(chunks):
         t0 = (chunks - 1 - k) * STEPS
-        at = states_ptr + tl.cast(chunks - 1 - k, tl.int64) * dim * dstate
-        h = dev.load_states(at, offs_d, dstate, BLOCK_N)
         first = _row(t0, seqlen, REVERSE)
-        if PREFETCH:
-            rows = _rows_from(t0 - 2 * STEPS, seqlen, STEPS, REVERSE)
-            dev.prefetch(u_ptr + rows * stride_ul + ahead_d)
-            dev.prefetch(delta_ptr + rows * stride_deltal + ahead_d)
-            dev.prefetch(dy_ptr + rows * stride_dyl + ahead_d)
-            if z_ptr is not None:
-                dev.prefetch(z_ptr + rows * stride_zl + ahead_d)
-            if not CONST_B:
-                dev.prefetch(B_ptr + rows * stride_Bl)
-            if not CONST_C:
-                dev.prefetch(C_ptr + rows * stride_Cl)
-            before = tl.cast(tl.maximum(chunks - 3 - k, 0), tl.int64)
-            dev.prefetch(states_ptr + before * dim * dstate + offs_d * dstate)
-        us, deltas, zs, dys = (), (), (), ()
-        for i in tl.static_range(STEPS):
-            rest = _behind(i, t0, seqlen, EVEN_L, REVERSE)
-            u = _load_row(u_ptr, stride_ul, first, rest, offs_d)
-            us = us + (u.to(tl.float32),)
-            delta = _load_row(delta_ptr, stride_deltal, first, rest, offs_d)
-            deltas = deltas + (delta.to(tl.float32),)
-            dy = _load_row(dy_ptr, stride_dyl, first, rest, offs_d)
-            dys = dys + (dy.to(tl.float32),)
-            if z_ptr is not None:
-                z = _load_row(z_ptr, stride_zl, first, rest, offs_d)
-                zs = zs + (z.to(tl.float32),)
+        before = tl.maximum(t0 - STEPS, 0)
+        h = _used_up(kept)
+        at = states_ptr + tl.cast(before // STEPS, tl.int64) * dim * dstate
+        kept = dev.load_states(at, offs_d, dstate, BLOCK_N)
+        if not CONST_B:
+            Bs = _share_out(B_tiles, 1)
+            B_tiles = _load_states_of(
+                B_ptr, stride_Bl, before, seqlen, offs_d, dstate, BLOCK_N, STEPS, 1, REVERSE
+            )
+        if not CONST_C:
+            Cs = _share_out(C_tiles, 1)
+            C_tiles = _load_states_of(
+                C_ptr, stride_Cl, before, seqlen, offs_d, dstate, BLOCK_N, STEPS, 1, REVERSE
+            )
+        us, deltas = dev.to_float32(u_rows), dev.to_float32(delta_rows)
+        dys = dev.to_float32(dy_rows)
+        u_rows = _load_rows(u_ptr, stride_ul, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+        delta_rows = _load_rows(
+            delta_ptr, stride_deltal, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE
+        )
+        dy_rows = _load_rows(dy_ptr, stride_dyl, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+        if z_ptr is not None:
+            zs = dev.to_float32(z_rows)
+            z_rows = _load_rows(z_ptr, stride_zl, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
 
         # Forward again: dt_t and p_t of the chunk
         dts, ps = (), ()
@@ -467,9 +552,7 @@ def _scan_bwd_kernel(
             dts = dts + (dt,)
             dtu, dt = (dt * us[i])[:, None], (dt * LOG2E)[:, None]
             if not CONST_B:
-                rest = _behind(i, t0, seqlen, EVEN_L, REVERSE)
-                at = B_ptr + first * stride_Bl + rest * stride_Bl
-                B_t = dev.to_float32(dev.load_alike(at, offs_d, dstate, BLOCK_N))
+                B_t = _step_of(Bs, i, dstate, BLOCK_N, 1)
             p, h_next_t = (), ()
             for r in tl.static_range(len(A)):
                 p = p + (tl.exp2(dt * A[r]) * h[r],)
@@ -479,13 +562,10 @@ def _scan_bwd_kernel(
 
         sums, dus, ddeltas, dzs = (), (), (), ()
         for i in tl.static_range(STEPS - 1, -1, -1):
-            rest = _behind(i, t0, seqlen, EVEN_L, REVERSE)
             if not CONST_B:
-                at = B_ptr + first * stride_Bl + rest * stride_Bl
-                B_t = dev.to_float32(dev.load_alike(at, offs_d, dstate, BLOCK_N))
+                B_t = _step_of(Bs, i, dstate, BLOCK_N, 1)
             if not CONST_C:
-                at = C_ptr + first * stride_Cl + rest * stride_Cl
-                C_t = dev.to_float32(dev.load_alike(at, offs_d, dstate, BLOCK_N))
+                C_t = _step_of(Cs, i, dstate, BLOCK_N, 1)
             u, dy, p = us[i], dys[i], ps[i]
             if not EVEN_L:
                 dy = tl.where(t0 + i < seqlen, dy, 0.0)
@@ -496,12 +576,12 @@ def _scan_bwd_kernel(
             if not EVEN_D:
                 dtu = tl.where(mask_d, dtu, 0.0)
             dtu_n = dtu[:, None]
-            h = ()
+            h_t = ()
             for r in tl.static_range(len(A)):
-                h = h + (p[r] + dtu_n * B_t[r],)
+                h_t = h_t + (p[r] + dtu_n * B_t[r],)
             if z_ptr is not None:
                 z = zs[i]
-                y = dev.dot_states(h, C_t) + D * u
+                y = dev.dot_states(h_t, C_t) + D * u
                 dzs = (dy * y * dev.dsilu(z),) + dzs
                 dy *= dev.silu(z)
             dD += dy * u
@@ -528,15 +608,15 @@ def _scan_bwd_kernel(
             if CONST_B:
                 dB_sum = dev.add_product(dB_sum, g_t, dtu_n)
             if CONST_C:
-                dC_sum = dev.add_product(dC_sum, h, dy_n)
+                dC_sum = dev.add_product(dC_sum, h_t, dy_n)
             if dBC_ptr is not None:
                 if BLOCK_D == 32:
-                    sums = dev.halve(g_t, dtu, h, dy, dstate, BLOCK_N) + sums
+                    sums = dev.halve(g_t, dtu, h_t, dy, dstate, BLOCK_N) + sums
                 else:
                     at = dBC_ptr + first * 2 * dstate
                     at += _behind(i, t0, seqlen, True, REVERSE) * 2 * dstate
                     in_seq = t0 + i < seqlen
-                    dev.store_sums_of_step(at, g_t, dtu, h, dy, in_seq, dstate, BLOCK_N)
+                    dev.store_sums_of_step(at, g_t, dtu, h_t, dy, in_seq, dstate, BLOCK_N)
 
         for i in tl.static_range(STEPS):
             at = first * dim + offs_d + _behind(i, t0, seqlen, True, REVERSE) * dim
@@ -593,8 +673,9 @@ def selective_scan_fwd(
     """
     batch, seqlen, dim = u.shape
     dstate = A.shape[1]
-    u, delta = dev.channel_last(u), dev.channel_last(delta)
-    z = None if z is None else dev.channel_last(z)
+    u, stride_ul = dev.rows_of(u)
+    delta, stride_deltal = dev.rows_of(delta)
+    z, stride_zl = (None, 0) if z is None else dev.rows_of(z)
     B_, B_strides, groups_B = _by_step(B, seqlen)
     C_, C_strides, groups_C = _by_step(C, seqlen)
     groups = max(groups_B, groups_C)
@@ -606,16 +687,16 @@ def selective_scan_fwd(
     grid = (batch * groups * triton.cdiv(dim // groups, constants[1] // constants[3]),)
     if batch:
         args = (
-            u, u.stride(0), u.stride(1),
-            delta, delta.stride(0), delta.stride(1),
+            u, stride_ul,
+            delta, stride_deltal,
             A.contiguous(),
             B_, *B_strides,
             C_, *C_strides,
             D,
-            z, *((0, 0) if z is None else z.stride()[:2]),
+            z, stride_zl,
             delta_bias,
             None if initial_state is None else initial_state.contiguous(),
-            y, y.stride(0), y.stride(1),
+            y, dev.rows_of(y)[1],
             last_state,
             states if save_states else None,
             seqlen, dim, dim // groups,
@@ -632,8 +713,10 @@ def selective_scan_bwd(
     """(du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None where an argument is."""
     batch, seqlen, dim = u.shape
     dstate = A.shape[1]
-    dy, u, delta = dev.channel_last(dy), dev.channel_last(u), dev.channel_last(delta)
-    z = None if z is None else dev.channel_last(z)
+    dy, stride_dyl = dev.rows_of(dy)
+    u, stride_ul = dev.rows_of(u)
+    delta, stride_deltal = dev.rows_of(delta)
+    z, stride_zl = (None, 0) if z is None else dev.rows_of(z)
     B_, B_strides, groups_B = _by_step(B, seqlen)
     C_, C_strides, groups_C = _by_step(C, seqlen)
     groups = max(groups_B, groups_C)
@@ -653,15 +736,15 @@ def selective_scan_bwd(
     dinitial_state = None if initial_state is None else empty(batch, dim, dstate)
     if batch:
         args = (
-            dy, dy.stride(0), dy.stride(1),
+            dy, stride_dyl,
             None if dlast_state is None else dlast_state.contiguous(),
-            u, u.stride(0), u.stride(1),
-            delta, delta.stride(0), delta.stride(1),
+            u, stride_ul,
+            delta, stride_deltal,
             A.contiguous(),
             B_, *B_strides,
             C_, *C_strides,
             D,
-            z, *((0, 0) if z is None else z.stride()[:2]),
+            z, stride_zl,
             delta_bias,
             states,
             du,

@@ -50,7 +50,7 @@ FAULTS = [
     ),
     Fault(
         "wrong chunk boundary", SCAN,
-        "at = states_ptr + tl.cast(chunks - 1 - k, tl.int64) * dim",
+        "at = states_ptr + tl.cast(before // STEPS, tl.int64) * dim",
         "at = states_ptr + tl.cast(k, tl.int64) * dim",
         "selective_scan.py::test_float32[everything-7]", "ddelta",
     ),
@@ -83,7 +83,7 @@ FAULTS = [
     Fault(
         "first piece begins without the initial state", SCAN,
         "h0, h = h, _only(h, piece == 0)", "h0, h = h, _only(h, piece < 0)",
-        "selective_scan.py::test_without_gradients[4-initial-state]", "y",
+        "selective_scan.py::test_without_gradients[8-initial-state]", "y",
     ),
     Fault(
         "dB taken for dC", SCAN, "over_all)[..., dstate:]", "over_all)[..., :dstate]",
@@ -117,6 +117,21 @@ FAULTS = [
         "selective_scan.py::test_float32[reverse]", "y",
     ),
     Fault(
+        "rows of this iteration loaded again", SCAN, "t1 = t0 + STEPS", "t1 = t0",
+        "selective_scan.py::test_without_gradients[1-length-196]", "y",
+    ),
+    Fault(
+        "registers of a step mixed up", SCAN,
+        "rows[i * triton.next_power_of_2(R) + r][None, :]",
+        "rows[i * triton.next_power_of_2(R) + R - 1 - r][None, :]",
+        "selective_scan.py::test_float32[one-full-block]", "y",
+    ),
+    Fault(
+        "halves of a tile in the wrong order", DEVICE,
+        "(2, 2, 2, WIDTH)), (3, 2, 1, 0)", "(2, 2, 2, WIDTH)), (3, 0, 1, 2)",
+        "selective_scan.py::test_float32[one-full-block]", "y",
+    ),
+    Fault(
         "initial state of the first entry for all", DEVICE,
         "load_states(ptr + b * dim * dstate,", "load_states(ptr + 0 * b,",
         "selective_scan.py::test_float32[initial-state]", "y",
@@ -131,7 +146,7 @@ FAULTS = [
         "selective_scan.py::test_float32[one-full-block]", "dB",
     ),
     Fault(
-        "wide states not masked", DEVICE,
+        "wide states not masked", SCAN,
         "tl.load(at, mask=offs_n < dstate, other=0.0)", "tl.load(at, mask=offs_n >= 0, other=0.0)",
         "selective_scan.py::test_float32[dstate-17]", "y",
     ),
