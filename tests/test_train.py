@@ -265,6 +265,22 @@ def test_sampler_starts_anywhere_and_processes_share(shapes):
     assert sorted(index for share in shares for _, index in share) == list(range(24))
 
 
+def test_every_epoch_has_an_order_and_augmentation_of_its_own(shapes, tmp_path, monkeypatch):
+    seen, read = [], Seeded.__getitem__
+
+    def note(dataset, key):
+        if len(dataset.images) == 24:
+            seen.append(key)
+        return read(dataset, key)
+
+    monkeypatch.setattr(Seeded, "__getitem__", note)
+    train(options(shapes, tmp_path / "run", epochs=3))
+    assert [epoch for epoch, _ in seen] == [0] * 24 + [1] * 24 + [2] * 24
+    orders = [[index for _, index in seen[start : start + 24]] for start in (0, 24, 48)]
+    assert [sorted(order) for order in orders] == [list(range(24))] * 3
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
 # The update
 
 
@@ -274,14 +290,14 @@ def fixed_batches(count, size=4):
     return [(x, torch.arange(size) % 3) for x in images]
 
 
-def gradients(trainer, batches, norms_in_eval=True, step=0):
+def gradients(trainer, batches, norms_in_eval=True, step=0, epoch=0):
     trainer.model.train()
     if norms_in_eval:
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
     trainer.optimizer.zero_grad()
-    trainer.gradients(batches, len(batches), 0, step)
+    trainer.gradients(batches, len(batches), epoch, step)
     return {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
 
 
@@ -303,18 +319,25 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(shapes):
     assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_mixing_and_dropping_are_functions_of_the_position(shapes):
-    trainer = trainer_of(options(shapes))
+@pytest.mark.parametrize(
+    "random", ({"mixup": 0.2, "cutmix": 0.5}, {"drop": 0.3}), ids=lambda r: "-".join(r)
+)
+def test_mixing_and_dropping_are_functions_of_the_position(shapes, random):
+    """Of seed, epoch, step, and of nothing that happened before."""
+    trainer = trainer_of(options(shapes, **{**PLAIN, **random}))
 
-    def of(step):
+    def of(step, epoch=2, seed=7):
+        trainer.options = replace(trainer.options, seed=seed)
         # timm mixes in place
         batch = [(x.clone(), t) for x, t in fixed_batches(1)]
-        return gradients(trainer, batch, step=step)
+        return gradients(trainer, batch, step=step, epoch=epoch)
 
     first = of(3)
     torch.rand(5)
+    np.random.rand(5)
     assert_close(of(3), first, rtol=0, atol=0)
-    assert any(not torch.equal(g, first[n]) for n, g in of(4).items())
+    for other in (of(4), of(3, epoch=3), of(3, seed=8)):
+        assert any(not torch.equal(g, first[n]) for n, g in other.items())
 
 
 @pytest.mark.parametrize(

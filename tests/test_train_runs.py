@@ -179,6 +179,62 @@ def test_wandb_that_cannot_start_is_one_line(shapes, tmp_path, monkeypatch, offl
     assert "\n" not in str(error.value)
 
 
+# Ctrl-C
+
+
+class Interrupting:
+    """A file whose third writing is interrupted."""
+
+    def __init__(self, file):
+        self.file, self.writes = file, 0
+
+    def write(self, data):
+        self.writes += 1
+        if self.writes == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_interrupted_in_the_middle_of_a_checkpoint(shapes, tmp_path, monkeypatch):
+    """torch calls the file from C++ and would make another error of it."""
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: save(state, Interrupting(file)))
+    with pytest.raises(KeyboardInterrupt):
+        train(options(shapes, tmp_path / "run", recovery_interval=2))
+    assert_whole(tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*"))
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["updates"] == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked")
+def test_interrupted_while_workers_start(shapes, tmp_path):
+    """Python loses what arises in the middle of a fork; those just born must not die of it."""
+    code = f"""
+import os, signal, sys
+left = [int(sys.argv[1])]
+def interrupt():
+    left[0] -= 1
+    if left[0] == 0:
+        os.killpg(0, signal.SIGINT)
+os.register_at_fork(after_in_parent=interrupt)
+from mambavision.cli import main
+sys.exit(main(["train", {str(shapes)!r}, *{MODEL!r}, "--epochs", "9", "-j", "2",
+               "--output", {str(tmp_path)!r} + "/" + sys.argv[1]]))
+"""
+    # The second worker of the training images, the first of the validation's.
+    for fork in ("2", "3"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, fork], env=ENVIRONMENT, capture_output=True, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.strip().endswith("mambavision train: interrupted")
+        assert "epoch 2/" not in done.stdout
+
+
 # Started and stopped as from a shell
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from ..demo import check_output
 from ..errors import CommandError
+from ..training import interrupts
 from ..training.data import (
     VALIDATION_FOLDERS,
     Images,
@@ -113,6 +114,7 @@ def _evaluate(
         num_workers=workers,
         pin_memory=source.device.type == "cuda",
         collate_fn=collate,
+        worker_init_fn=interrupts.ignore,
         sampler=[(0, index) for index in range(len(images))],
     )
     top = min(TOP, source.model.num_classes)
@@ -123,7 +125,7 @@ def _evaluate(
     start = time.perf_counter()
     bar = progress(len(images), "images", str(setting))
     try:
-        for batch in loader:
+        for batch in interrupts.started(loader):
             if isinstance(batch, str):
                 raise CommandError(batch)
             likeliest = source.logits(batch[0]).softmax(1).topk(top)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..demo import check_output
 from ..errors import CommandError
+from ..training import interrupts
 from ..training.data import read_picture
 from ..training.folder import whole
 from . import draw
@@ -94,9 +95,10 @@ def _batches(source: Source, pictures: Pictures, options: argparse.Namespace) ->
         batch_size=options.batch_size,
         num_workers=options.workers,
         collate_fn=list,
+        worker_init_fn=interrupts.ignore,
     )
     paths = iter(pictures.paths)
-    for items in loader:
+    for items in interrupts.started(loader):
         read = [item[0] for item in items if not isinstance(item, str)]
         chances = iter(source.logits(torch.stack(read)).softmax(1).cpu() if read else ())
         for item in items:

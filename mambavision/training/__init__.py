@@ -1,12 +1,13 @@
 """Training: `mambavision train`, and from Python `train(Options(data="digits", preset="digits"))`.
 
-    options   what can be set: fields, presets, YAML, command line
-    data      image folders and the digits, seeded augmentation, a sampler that starts anywhere
-    parallel  devices, several processes, DDP and FSDP
-    engine    model, optimizer, schedule, moving average: one update, one evaluation
-    folder    what a run leaves behind, written whole or not at all
-    loggers   TensorBoard and Weights & Biases
-    loop      epochs, checkpoints, resuming
+    options     what can be set: fields, presets, YAML, command line
+    data        image folders and the digits, seeded augmentation, a sampler that starts anywhere
+    parallel    devices, several processes, DDP and FSDP
+    engine      model, optimizer, schedule, moving average: one update, one evaluation
+    folder      what a run leaves behind, written whole or not at all
+    interrupts  Ctrl-C
+    loggers     TensorBoard and Weights & Biases
+    loop        epochs, checkpoints, resuming
 
 Ours is what keeps a run repeatable; the rest is timm's (augmentation, mixing, losses, optimizers,
 schedules, moving average) and torch's (devices, DDP, FSDP, autocast, scaler). accelerate was left

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ..errors import CommandError
 from ..published import VARIANTS, Variant
+from . import interrupts
 from .options import Options
 
 __all__ = [
@@ -240,6 +241,7 @@ def _loader(dataset: Seeded, options: Options, device: torch.device, **more: Any
         persistent_workers=options.workers > 0,
         pin_memory=device.type == "cuda",
         collate_fn=collate,
+        worker_init_fn=interrupts.ignore,
         **more,
     )
 

@@ -23,6 +23,7 @@ from . import parallel
 from .data import TrainingSampler, evaluation_loader, open_data, stop_workers, training_loader
 from .engine import Metrics, Trainer
 from .folder import Row, RunFolder
+from .interrupts import held_back, started
 from .loggers import Loggers, check_extras
 from .options import Options
 from .parallel import Ranks
@@ -167,7 +168,9 @@ class _Run:
     def save(self, improved: bool = False) -> None:
         """Writes a checkpoint."""
         finished = self.epoch == self.trainer.epochs
-        self.folder.write(self.state_dict(), improved, finished)
+        state = self.state_dict()
+        with held_back():
+            self.folder.write(state, improved, finished)
 
     def _finite(self, check: Any) -> None:
         try:
@@ -184,7 +187,7 @@ class _Run:
         options, trainer = self.options, self.trainer
         step = self.updates * options.grad_accum_steps
         self.sampler.epoch, self.sampler.start = self.epoch, step * options.batch_size
-        batches = _readable(iter(self.batches))
+        batches = _readable(started(self.batches))
         read = time.perf_counter()
         while self.updates < trainer.updates_per_epoch:
             count = min(options.grad_accum_steps, trainer.steps - step)
@@ -208,7 +211,7 @@ class _Run:
         trainer, epoch = self.trainer, self.epoch
         rate = trainer.rate
         train_loss, train_top1, _ = trainer.train_metrics.means(self.ranks)
-        val_loss, val_top1, val_top5 = trainer.evaluate(_readable(iter(self.validation)))
+        val_loss, val_top1, val_top5 = trainer.evaluate(_readable(started(self.validation)))
         row = {
             "epoch": epoch + 1, "lr": rate, "train_loss": train_loss, "train_top1": train_top1,
             "val_loss": val_loss, "val_top1": val_top1, "val_top5": val_top5,
