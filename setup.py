@@ -18,6 +18,16 @@ OLDEST_TRITON = "3.4"
 EXTRAS = {
     "bench": ["matplotlib>=3.8", "pytest-benchmark>=5", "timm>=1.0.31", "tqdm>=4.60"],
     "completion": ["argcomplete>=3"],
+    "dense": [
+        "matplotlib>=3.8",
+        "pillow>=10",
+        "pycocotools>=2.0.8",
+        "safetensors>=0.4",
+        "scikit-image>=0.25",
+        "torchvision",
+        "tqdm>=4.60",
+        'transformers>=5.23; python_version >= "3.11"',
+    ],
     "demo": ["matplotlib>=3.8", "scikit-learn>=1.4", "tqdm>=4.60"],
     "docs": ["furo>=2025.9", "myst-parser>=4", "sphinx>=8.1"],
     "tensorboard": ["tensorboard>=2.21"],
@@ -38,7 +48,7 @@ EXTRAS = {
 }
 EXTRAS["dev"] = [*EXTRAS["demo"], *EXTRAS["train"], *EXTRAS["transformers"], *EXTRAS["weights"]]
 EXTRAS["dev"] += [*EXTRAS["bench"], *EXTRAS["completion"], *EXTRAS["test"]]
-EXTRAS["dev"] += [*EXTRAS["tensorboard"], *EXTRAS["wandb"]]
+EXTRAS["dev"] += [*EXTRAS["dense"], *EXTRAS["tensorboard"], *EXTRAS["wandb"]]
 EXTRAS["dev"] += [*EXTRAS["docs"], *EXTRAS["onnx"], "onnxruntime>=1.20"]
 EXTRAS["dev"] += ["build>=1", "mypy>=1.10", "ruff>=0.6"]
 
