@@ -577,6 +577,28 @@ def test_resumed_with_workers(shapes, finished, processes, tmp_path):
     assert_same_run(tmp_path / "run", finished.folder)
 
 
+@pytest.mark.slow
+def test_resumed_in_float16(shapes, processes, tmp_path):
+    """The scaler's state, rates of layers and an update of several steps go on as well."""
+    chosen = options(
+        shapes, tmp_path / "run", amp=True, amp_dtype="float16", opt="lamb", layer_decay=0.8,
+        grad_accum_steps=2, recovery_interval=1,
+    )  # fmt: skip
+    undisturbed = train(replace(chosen, output=str(tmp_path / "whole")))
+    scaler = torch.load(undisturbed.folder / "last.pt", weights_only=True)["scaler"]
+    assert scaler["_growth_tracker"] > 1
+    process = launch(processes, chosen)
+    while not (tmp_path / "run" / "last.pt").exists():
+        assert process.is_alive()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 0
+    process = launch(processes, chosen)
+    process.join()
+    assert_same_run(tmp_path / "run", undisturbed.folder)
+
+
 # Two processes
 
 
