@@ -243,7 +243,8 @@ def _convolve_bwd_kernel(
 
 @lru_cache(maxsize=1024)
 def _tile(batch, seqlen, dim, dt_rank, dstate, itemsize):
-    """Programs over rows, beside them programs over z, and the constants of both."""
+    """Programs over rows, beside them programs over z, and the constants of a program over rows;
+    and of one that may own z."""
     block_r, block_n = (max(16, triton.next_power_of_2(n)) for n in (dt_rank, 2 * dstate))
     rows, width = batch * seqlen, block_r + block_n
     tile = next((c for low, high, c in TILES[itemsize] if rows >= low and width <= high), None)
@@ -251,10 +252,10 @@ def _tile(batch, seqlen, dim, dt_rank, dstate, itemsize):
         raise ValueError(f"mixer: the kernels take a dt_rank of at most 512, got {dt_rank}")
     tile = {"BLOCK_R": block_r, "BLOCK_N": block_n, "enable_fp_fusion": True, **tile}
     # 7 rows a run, and as many runs as make 8 elements for each lane of 4 warps
-    z_tile = {"Z_STEPS": 7, "Z_BLOCK_L": 1024 // tile["BLOCK_D"]}
-    z_blocks = triton.cdiv(batch * triton.cdiv(seqlen, 7), z_tile["Z_BLOCK_L"])
+    both = {"Z_STEPS": 7, "Z_BLOCK_L": 1024 // tile["BLOCK_D"], **tile}
+    z_blocks = triton.cdiv(batch * triton.cdiv(seqlen, 7), both["Z_BLOCK_L"])
     z_programs = z_blocks * triton.cdiv(dim, tile["BLOCK_D"])
-    return triton.cdiv(rows, tile["BLOCK_L"]), z_programs, tile, z_tile
+    return triton.cdiv(rows, tile["BLOCK_L"]), z_programs, tile, both
 
 
 def _project(
@@ -262,10 +263,8 @@ def _project(
     conv_x_bias, conv_z_bias, x, delta, dt_low, BC,
 ):  # fmt: skip
     """Writes x, and z behind it unless conv_z_weight is None, delta, and dt_low and BC if given."""
-    (batch, seqlen, _), (dim, dt_rank) = xz.shape, dt_proj_weight.shape
-    programs, z_programs, tile, z_tile = _tile(
-        batch, seqlen, dim, dt_rank, dstate, xz.element_size()
-    )
+    (batch, seqlen, dim), dt_rank = delta.shape, dt_proj_weight.shape[1]
+    programs, z_programs, _, tile = _tile(batch, seqlen, dim, dt_rank, dstate, xz.element_size())
     with_z = conv_z_weight is not None
     args = (
         xz, stride_xzl,
@@ -277,12 +276,12 @@ def _project(
         dt_proj_weight.contiguous(),
         x, x.stride(1),
         delta,
-        dt_low, 0 if dt_low is None else dt_low.stride(1),
+        dt_low, 0 if dt_low is None else dt_low.stride(-2),
         BC,
         batch, seqlen, dim, dt_rank, dstate,
         conv_x_weight.shape[-1], conv_z_weight.shape[-1] if with_z else 0,
     )  # fmt: skip
-    dev.launch(_project_kernel, (programs + with_z * z_programs,), args, {**z_tile, **tile})
+    dev.launch(_project_kernel, (programs + with_z * z_programs,), args, tile)
 
 
 def mixer_fwd(
@@ -302,16 +301,16 @@ def mixer_fwd(
             xz, stride_xzl, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, dstate,
             conv_x_bias, conv_z_bias, yz, delta, dt_low, BC,
         )  # fmt: skip
-    x = yz[..., :dim]
-    B, C = BC.chunk(2, dim=-1)
-    selective_scan_fwd(x, delta, A, B, C, D, None, delta_bias, None, True, False, False, y=x)
+    # B is the first columns of BC
+    x, C = yz[..., :dim], BC[..., dstate:]
+    selective_scan_fwd(x, delta, A, BC, C, D, None, delta_bias, None, True, False, False, y=x)
     return yz, dt_low, BC, BC.new_empty(0)
 
 
 def _aligned(x, rows, columns):
     """An empty (rows, columns) of rows that begin at multiples of 16 bytes: for the library's
     products, many times faster."""
-    return x.new_empty(rows, triton.cdiv(columns, 8) * 8)[:, :columns]
+    return x.new_empty(rows, columns + -columns % 8)[:, :columns]
 
 
 def mixer_bwd(
@@ -328,7 +327,7 @@ def mixer_bwd(
     if batch:
         _project(
             xz, stride_xzl, conv_x_weight, None, x_proj_weight, dt_proj_weight, dstate,
-            conv_x_bias, None, x, delta, None if low is None else low[None], None,
+            conv_x_bias, None, x, delta, low, None,
         )  # fmt: skip
     scanned = (x, delta, A, BC[..., :dstate], BC[..., dstate:], D, None, delta_bias, None)
     _, _, states = selective_scan_fwd(*scanned, True, False, True)
@@ -340,7 +339,7 @@ def mixer_bwd(
     dxz = xz.new_empty(batch, seqlen, 2 * dim)
     blocks, blocks_d = blocks_of("bwd", batch, seqlen, dim)
     count, programs = share_out(blocks, 2 * blocks_d)
-    sums = dxz.new_empty(programs, 2, dim, max(widths) + 1, dtype=torch.float32)
+    sums = xz.new_empty(programs, 2, dim, max(widths) + 1, dtype=torch.float32)
     if batch:
         tiles, _, tile, _ = _tile(batch, seqlen, dim, dt_rank, dstate, xz.element_size())
         args = (
@@ -364,7 +363,7 @@ def mixer_bwd(
             conv_z_bias,
             dxz,
             sums,
-            batch, seqlen, count, dim, *widths, sums.shape[-1],
+            batch, seqlen, count, dim, *widths, max(widths) + 1,
         )  # fmt: skip
         dev.launch(_convolve_bwd_kernel, (programs * 2 * blocks_d,), args, CONFIGS["bwd"])
     # Autocast casts the arguments of products, except those with an `out`
@@ -372,17 +371,17 @@ def mixer_bwd(
     low = dt_low.view(rows, dt_rank) if low is None else low
     ddt_proj_weight = x.new_empty(dt_proj_weight.shape)
     torch.mm(ddelta.view(rows, dim).t(), low, out=ddt_proj_weight)
-    sums_x, sums_z = sums.sum(0)
+    sums_x, sums_z = sums.sum(0).unbind()
 
     def shaped(part, like):
-        return None if like is None else part.reshape(like.shape).to(like.dtype)
+        return None if like is None else dev.cast(part.view(like.shape), like)
 
     return (
         dxz,
         shaped(sums_x[:, : widths[0]], conv_x_weight),
         shaped(sums_z[:, : widths[1]], conv_z_weight),
-        dx_proj_weight.to(x_proj_weight.dtype),
-        ddt_proj_weight.to(dt_proj_weight.dtype),
+        dev.cast(dx_proj_weight, x_proj_weight),
+        dev.cast(ddt_proj_weight, dt_proj_weight),
         dA,
         dD,
         ddelta_bias,
