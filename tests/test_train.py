@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mambavision import MambaVision, load_checkpoint, read_config
+from mambavision import MambaVision, load_checkpoint, read_config, save_checkpoint
 from mambavision.cli import main
 from mambavision.errors import CommandError
 from mambavision.training.options import PRESETS, Options, read_yaml, resolve
@@ -728,9 +728,7 @@ def empty_class(data):
         (lambda data: None, {"log_wandb": True}, "--log-wandb needs the package wandb"),
     ),
 )
-def test_refused_before_anything_is_written(
-    shapes, tmp_path, monkeypatch, change, more, message
-):
+def test_refused_before_anything_is_written(shapes, tmp_path, monkeypatch, change, more, message):
     monkeypatch.setitem(sys.modules, "wandb", None)
     data = copied(shapes, tmp_path)
     change(data)
@@ -757,6 +755,21 @@ def test_loss_that_is_no_number(shapes, tmp_path):
     assert "the last good checkpoint is" in message and "--lr" in message
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert all(x.isfinite().all() for x in state["state_dict"].values())
+
+
+def test_loss_beyond_float16(shapes, tmp_path):
+    """The scaler skips such updates and keeps the weights finite: the loss has to tell."""
+    model = MambaVision(**SIZES, num_classes=3)
+    with torch.no_grad():
+        model.head.weight.fill_(3e4)
+        model.head.bias.copy_(torch.tensor([6e4, -6e4, 0]))
+    save_checkpoint(model, tmp_path / "model.safetensors")
+    chosen = options(
+        shapes, tmp_path / "run", amp=True, amp_dtype="float16", model_ema=False,
+        initial_checkpoint=str(tmp_path / "model.safetensors"),
+    )  # fmt: skip
+    assert re.match("the loss is (inf|nan) in epoch 1, before update", stopped(chosen))
+    assert not (tmp_path / "run" / "last.pt").exists()
 
 
 def test_full_disk_leaves_the_last_checkpoint(shapes, tmp_path, capsys):
