@@ -85,6 +85,8 @@ def test_metadata(wheel):
     extras = {*re.findall(r'^    "(\w+)": \[', setup, re.MULTILINE), "dev"}
     assert {"bench", "demo", "train", "transformers", "weights", "test"} < extras
     assert set(metadata.get_all("Provides-Extra")) == extras
+    start = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    assert all(f"`{extra}`" in start for extra in extras)
     minors = [10, 11, 12, 13]
     for minor in minors:
         classifier = f"Programming Language :: Python :: 3.{minor}"
