@@ -18,9 +18,8 @@ import numpy as np
 from mambavision.errors import CommandError
 
 __all__ = [
-    "Recipe", "add_data", "add_output", "add_running", "add_setting", "add_training", "at_least",
-    "autocast", "board", "colour", "fit", "missing", "open_picture", "pictures_in", "rate",
-    "resolved", "run", "size_arguments", "tinted",
+    "Recipe", "add_setting", "at_least", "autocast", "board", "colour", "command_line", "fit",
+    "missing", "open_picture", "pictures_in", "rate", "resolved", "run", "size_arguments", "tinted",
 ]  # fmt: skip
 
 # Settings by name, each with its default without and with --small.
@@ -58,29 +57,6 @@ def rate(text: str) -> float:
     return value
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder of pictures and labels")
-
-
-def add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--output", type=Path, default=Path(default), metavar="DIR",
-        help=f"folder of what is written (default: {default})",
-    )  # fmt: skip
-
-
-def add_running(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
-        help="where to run (default: auto)",
-    )  # fmt: skip
-    parser.add_argument("--amp", action="store_true", help="mixed precision, bfloat16")
-    parser.add_argument(
-        "-j", "--workers", type=at_least(0), default=0, metavar="N",
-        help="processes that load pictures (default: 0)",
-    )  # fmt: skip
-
-
 def add_setting(
     parser: argparse.ArgumentParser,
     recipe: Recipe,
@@ -94,7 +70,7 @@ def add_setting(
     parser.add_argument(*short, f"--{flag}", type=kind, metavar="N", help=text)
 
 
-def add_training(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
+def _add_training(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     add = partial(add_setting, parser, recipe)
     parser.add_argument(
         "--small", action="store_true", help="a small model from scratch, to try things on a CPU"
@@ -125,6 +101,50 @@ def add_training(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     parser.add_argument(
         "--seed", type=at_least(0), default=0, metavar="N", help="of weights and order (default: 0)"
     )
+    parser.add_argument(
+        "-j", "--workers", type=at_least(0), default=0, metavar="N",
+        help="processes that load pictures (default: 0)",
+    )  # fmt: skip
+
+
+SUMMARIES = {
+    "train": "train, evaluate now and then, keep the best weights",
+    "eval": "measure on the validation pictures, class by class",
+    "predict": "draw what is found in pictures",
+}
+
+
+def command_line(
+    about: str | None, task: str, recipe: Recipe, functions: Mapping[str, Callable[[Any], int]]
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of a script, and those of its commands: train, eval and predict."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    added = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = {}
+    for name, text in SUMMARIES.items():
+        commands[name] = command = added.add_parser(name, help=text, description=text)
+        command.set_defaults(run=functions[name])
+        add = command.add_argument
+        if name == "predict":
+            add("pictures", type=Path, nargs="+", metavar="PICTURE", help="files, folders")
+        else:
+            add("data", type=Path, metavar="DATA", help="folder of pictures and annotations")
+            add("--show", type=at_least(1), default=4, metavar="N",
+                help="pictures that are drawn (default: 4)")  # fmt: skip
+        if name == "train":
+            _add_training(command, recipe)
+        else:
+            add("--weights", type=Path, required=True, metavar="DIR",
+                help="output folder of a training")  # fmt: skip
+        output = f"runs/{task}{'' if name == 'train' else f'-{name}'}"
+        add("--output", type=Path, default=Path(output), metavar="DIR",
+            help=f"folder of what is written (default: {output})")  # fmt: skip
+        add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
+            help="where to run (default: auto)")  # fmt: skip
+        add("--amp", action="store_true", help="mixed precision, bfloat16")
+    return parser, commands
 
 
 def resolved(options: argparse.Namespace, recipe: Recipe) -> None:

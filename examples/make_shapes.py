@@ -184,8 +184,8 @@ def main() -> int:
         epilog="example:\n  python examples/make_shapes.py runs/shapes",
     )  # fmt: skip
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    parser.add_argument("--training", type=at_least(1), default=600, metavar="N",
-                        help="pictures to train on (default: 600)")  # fmt: skip
+    parser.add_argument("--training", type=at_least(1), default=1000, metavar="N",
+                        help="pictures to train on (default: 1000)")  # fmt: skip
     parser.add_argument("--validation", type=at_least(1), default=60, metavar="N",
                         help="pictures held out (default: 60)")  # fmt: skip
     parser.add_argument("--size", type=at_least(32), nargs=2, default=(160, 120),

@@ -23,6 +23,7 @@ from PIL import Image  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
+import _coco as adapter  # noqa: E402
 import detection as example  # noqa: E402
 import make_shapes as shapes  # noqa: E402
 
@@ -126,7 +127,7 @@ def test_boxes_labels_and_masks_by_hand(coco_folder, folder):
 def test_mirrored(coco_folder):
     data = example.CocoPictures(coco_folder(), "train")
     picture, target = data.read(0)
-    pixels, turned = example.mirrored(example.as_tensor(picture), target)
+    pixels, turned = adapter.mirrored(example.as_tensor(picture), target)
     assert turned["boxes"].tolist() == [[3, 2, 7, 5], [1, 0, 2, 6]]
     for mask, (x1, y1, x2, y2) in zip(turned["masks"], turned["boxes"].int().tolist(), strict=True):
         assert mask.sum() == mask[y1:y2, x1:x2].sum() == (y2 - y1) * (x2 - x1)
@@ -255,7 +256,7 @@ def test_same_detections_after_saving(few, tmp_path):
     picture = data.read(0)[0]
     expected, found = (example.detect(m.eval(), picture, options) for m in (model, again))
     assert len(found["boxes"]) > 0 and found["masks"].shape[1:] == picture.size[::-1]
-    for key in example.KEYS:
+    for key in adapter.KEYS:
         np.testing.assert_array_equal(found[key], expected[key])
     with pytest.raises(CommandError, match="no file"):
         example.load(tmp_path / "none")
