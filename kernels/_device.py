@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -56,9 +57,30 @@ def log1p_unit(e):
 
 
 @triton.jit
+def log2_1p_unit(e):
+    """log2(1 + e) for 0 <= e <= 1, the same polynomial over ln 2."""
+    p = 0.007548426743596792
+    p = p * e - 0.04256407916545868
+    p = p * e + 0.11285139620304108
+    p = p * e - 0.19711492955684662
+    p = p * e + 0.27563950419425964
+    p = p * e - 0.35840797424316406
+    p = p * e + 0.48069289326667786
+    p = p * e - 0.7213402390480042
+    p = p * e + 1.442694902420044
+    return p * e
+
+
+@triton.jit
 def softplus(x):
     """log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)): no overflow, no cancellation."""
     return tl.maximum(x, 0.0) + log1p_unit(tl.exp2(tl.abs(x) * -LOG2E))
+
+
+@triton.jit
+def softplus2(x):
+    """log2(1 + 2^x): softplus with both of its sides in units of ln 2."""
+    return tl.maximum(x, 0.0) + log2_1p_unit(tl.exp2(-tl.abs(x)))
 
 
 @triton.jit
@@ -145,22 +167,6 @@ def store_states(ptr, values, offs_d, mask_d, dstate: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
-def dot_states(a, b):
-    """<a, b> over the states of each channel, (BLOCK_D,)."""
-    products = a[0] * b[0]
-    if a[0].shape[0] >= 32:
-        # A lane holds whole channels: a chain of fused multiply-adds
-        dot = tl.sum(products, axis=1)
-        for r in tl.static_range(1, len(a)):
-            dot += tl.sum(a[r] * b[r], axis=1)
-        return dot
-    else:
-        for r in tl.static_range(1, len(a)):
-            products += a[r] * b[r]
-        return tl.sum(products, axis=1)
-
-
-@triton.jit
 def zeros(like):
     values = ()
     for r in tl.static_range(len(like)):
@@ -204,6 +210,24 @@ def _columns(tile, BLOCK_N: tl.constexpr):
         c0, c2 = tl.split(even)
         c1, c3 = tl.split(odd)
         return c0, c1, c2, c3
+
+
+@triton.jit
+def dot_states(a, b, first):
+    """first + <a, b> over the states of each channel, (BLOCK_D,)."""
+    if a[0].shape[0] >= 32:
+        # A lane holds whole channels: a chain of fused multiply-adds
+        for r in tl.static_range(len(a)):
+            a_r = _columns(a[r], a[r].shape[1])
+            b_r = _columns(tl.broadcast_to(b[r], a[r].shape), a[r].shape[1])
+            for n in tl.static_range(a[r].shape[1]):
+                first += a_r[n] * b_r[n]
+        return first
+    else:
+        products = a[0] * b[0]
+        for r in tl.static_range(1, len(a)):
+            products += a[r] * b[r]
+        return first + tl.sum(products, axis=1)
 
 
 @triton.jit

@@ -50,7 +50,7 @@ import triton
 import triton.language as tl
 
 from . import _device as dev
-from ._device import LOG2E
+from ._device import LN2, LOG2E
 
 MAX_DSTATE = 64
 
@@ -179,6 +179,20 @@ def _step_size(
 
 
 @triton.jit
+def _step_size2(
+    delta, delta_bias2, t, seqlen, DELTA_SOFTPLUS: tl.constexpr, EVEN_L: tl.constexpr
+):
+    """dt of step t in units of ln 2, as is delta_bias2; an instruction less for it, one less for
+    the decay."""
+    dt = delta * LOG2E + delta_bias2
+    if DELTA_SOFTPLUS:
+        dt = dev.softplus2(dt)
+    if not EVEN_L:
+        dt = tl.where(t < seqlen, dt, 0.0)
+    return dt
+
+
+@triton.jit
 def _load_rows(
     ptr, stride_l: tl.constexpr, t0, seqlen, offs_d, STEPS: tl.constexpr, EVEN_L: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -235,6 +249,15 @@ def _used_up(values):
 
 
 @triton.jit
+def _times(values, factor):
+    """The values times a factor; to loads as good as `_used_up`."""
+    products = ()
+    for k in tl.static_range(len(values)):
+        products = products + (values[k] * factor,)
+    return products
+
+
+@triton.jit
 def _share_out(tiles, SPLIT: tl.constexpr):
     """Registers of all steps from `_load_states_of`, the same for every channel."""
     if SPLIT == 1:
@@ -263,11 +286,10 @@ def _step_of(
 
 @triton.jit
 def _next_state(h, A, B_t, dt, dtu):
-    """exp(dt A) h + dt B u."""
+    """exp(dt A) h + dt B u, dt in units of ln 2 and B_t times ln 2."""
     h_next = ()
     for r in tl.static_range(len(A)):
-        decay = tl.exp2((dt * LOG2E)[:, None] * A[r])
-        h_next = h_next + (decay * h[r] + dtu[:, None] * B_t[r],)
+        h_next = h_next + (tl.exp2(dt[:, None] * A[r]) * h[r] + dtu[:, None] * B_t[r],)
     return h_next
 
 
@@ -295,7 +317,7 @@ def _state_before_piece(h0, h, A, total, piece, SPLIT: tl.constexpr):
     WIDTH: tl.constexpr = piece.shape[0] // SPLIT
     entering = ()
     for r in tl.static_range(len(A)):
-        decay, left = tl.exp2((total * LOG2E)[:, None] * A[r]), h[r]
+        decay, left = tl.exp2(total[:, None] * A[r]), h[r]
         for s in tl.static_range(5):
             if 1 << s < SPLIT:
                 before, composed = _lane_before(left, WIDTH << s), _lane_before(decay, WIDTH << s)
@@ -339,7 +361,7 @@ def _scan_fwd_kernel(
         z_ptr += b * seqlen * stride_zl
     A = dev.load_states(A_ptr, offs_d, dstate, BLOCK_N)
     if CONST_B:
-        B_t = dev.load_states(B_ptr, offs_d, dstate, BLOCK_N)
+        B_t = _times(dev.load_states(B_ptr, offs_d, dstate, BLOCK_N), LN2)
     else:
         B_ptr += b * seqlen * stride_Bl + group * stride_Bg
     if CONST_C:
@@ -347,7 +369,7 @@ def _scan_fwd_kernel(
     else:
         C_ptr += b * seqlen * stride_Cl + group * stride_Cg
     D = dev.load_vector(D_ptr, offs_d)
-    delta_bias = dev.load_vector(delta_bias_ptr, offs_d)
+    delta_bias2 = dev.load_vector(delta_bias_ptr, offs_d) * LOG2E
     h = dev.load_first(initial_state_ptr, b, A, offs_d, dim, dstate, BLOCK_N)
 
     start, length = 0, seqlen
@@ -370,10 +392,10 @@ def _scan_fwd_kernel(
                 )
             for i in tl.static_range(STEPS):
                 u, delta = us[i].to(tl.float32), deltas[i].to(tl.float32)
-                dt = _step_size(delta, delta_bias, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
+                dt = _step_size2(delta, delta_bias2, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
                 total += dt
                 if not CONST_B:
-                    B_t = _step_of(Bs, i, dstate, BLOCK_N, SPLIT)
+                    B_t = _times(_step_of(Bs, i, dstate, BLOCK_N, SPLIT), LN2)
                 h = _next_state(h, A, B_t, dt, dt * u)
         h = _state_before_piece(h0, h, A, total, piece, SPLIT)
 
@@ -389,6 +411,7 @@ def _scan_fwd_kernel(
         C_tiles = _load_states_of(
             C_ptr, stride_Cl, start, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
         )
+    y_ptr += _row(start, seqlen, REVERSE) * stride_yl + offs_d
     for walked in range(0, length, STEPS):
         t0 = start + walked
         t1 = t0 + STEPS
@@ -401,7 +424,7 @@ def _scan_fwd_kernel(
             zs = dev.to_float32(z_rows)
             z_rows = _load_rows(z_ptr, stride_zl, t1, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
         if not CONST_B:
-            Bs = _used_up(B_tiles)
+            Bs = _times(B_tiles, LN2)
             B_tiles = _load_states_of(
                 B_ptr, stride_Bl, t1, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
             )
@@ -427,17 +450,17 @@ def _scan_fwd_kernel(
                 B_t = _step_of(Bs, i, dstate, BLOCK_N, SPLIT)
             if not CONST_C:
                 C_t = _step_of(Cs, i, dstate, BLOCK_N, SPLIT)
-            dt = _step_size(deltas[i], delta_bias, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
+            dt = _step_size2(deltas[i], delta_bias2, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
             h = _next_state(h, A, B_t, dt, dt * u)
-            y = dev.dot_states(h, C_t) + D * u
+            y = dev.dot_states(h, C_t, D * u)
             if z_ptr is not None:
                 y *= dev.silu(zs[i])
             ys = ys + (y,)
-        first = _row(t0, seqlen, REVERSE)
         for i in tl.static_range(STEPS):
             mask = mask_d if EVEN_L else mask_d & (t0 + i < seqlen)
             rest = _behind(i, t0, seqlen, True, REVERSE)
-            dev.store(y_ptr + first * stride_yl + offs_d + rest * stride_yl, ys[i], mask)
+            dev.store(y_ptr + rest * stride_yl, ys[i], mask)
+        y_ptr += _behind(STEPS, t0, seqlen, True, REVERSE) * stride_yl
 
     last_state_ptr += b * dim * dstate
     if SPLIT > 1:
@@ -515,8 +538,8 @@ def _scan_bwd_kernel(
         C_tiles = _load_states_of(
             C_ptr, stride_Cl, t0, seqlen, offs_d, dstate, BLOCK_N, STEPS, 1, REVERSE
         )
-    at = states_ptr + tl.cast(chunks - 1, tl.int64) * dim * dstate
-    kept = dev.load_states(at, offs_d, dstate, BLOCK_N)
+    last = states_ptr + tl.cast(chunks - 1, tl.int64) * dim * dstate
+    kept = dev.load_states(last, offs_d, dstate, BLOCK_N)
     for k in range(chunks):
         t0 = (chunks - 1 - k) * STEPS
         first = _row(t0, seqlen, REVERSE)
@@ -581,7 +604,7 @@ def _scan_bwd_kernel(
                 h_t = h_t + (p[r] + dtu_n * B_t[r],)
             if z_ptr is not None:
                 z = zs[i]
-                y = dev.dot_states(h_t, C_t) + D * u
+                y = dev.dot_states(h_t, C_t, D * u)
                 dzs = (dy * y * dev.dsilu(z),) + dzs
                 dy *= dev.silu(z)
             dD += dy * u
@@ -594,9 +617,9 @@ def _scan_bwd_kernel(
                 dA_next = dA_next + (dA[r] + gp[r] * dt,)
                 g_next = g_next + (tl.exp2(dt * LOG2E * A[r]) * g_t[r],)
             g, dA = g_next, dA_next
-            gB = dev.dot_states(g_t, B_t)
+            gB = dev.dot_states(g_t, B_t, tl.zeros_like(u))
             dus = (dts[i] * gB + D * dy,) + dus
-            ddelta = dev.dot_states(gp, A) + gB * u
+            ddelta = dev.dot_states(gp, A, gB * u)
             if DELTA_SOFTPLUS:
                 ddelta *= dev.dsoftplus(deltas[i] + delta_bias, dts[i])
             ddeltas = (ddelta,) + ddeltas
