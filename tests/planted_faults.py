@@ -194,7 +194,7 @@ FAULTS = [
     ),
     Fault(
         "B and C swapped in x_proj", MIXER,
-        "B, C = BC.chunk(2, dim=-1)", "C, B = BC.chunk(2, dim=-1)",
+        "delta, A, BC, C, D, None,", "delta, A, C, BC, D, None,",
         "mixer.py::test_float32[published]", "out",
     ),
     Fault(
