@@ -746,10 +746,12 @@ def test_unreadable_image_is_named(shapes, tmp_path, workers):
     assert_whole(tmp_path / "run")
 
 
-def test_loss_that_is_no_number(shapes, tmp_path):
+@pytest.mark.parametrize("lr", (1e30, 1e45), ids=("loss", "weights"))
+def test_loss_that_is_no_number(shapes, tmp_path, lr):
+    """Or weights, which an update can spoil after the last loss that was one."""
     chosen = options(
         shapes, tmp_path / "run", opt="sgd", clip_grad=None, sched="constant", recovery_interval=1,
-        epochs=4, warmup_epochs=2, warmup_lr=1e-3, lr=1e30,
+        epochs=4, warmup_epochs=2, warmup_lr=1e-3, lr=lr,
     )  # fmt: skip
     message = stopped(chosen)
     assert "the last good checkpoint is" in message and "--lr" in message
