@@ -51,7 +51,7 @@ from .conv1d_silu import (
     runs_of,
     share_out,
 )
-from .selective_scan import selective_scan_bwd, selective_scan_fwd
+from .selective_scan import partial_bwd, selective_scan_fwd, sum_partial
 
 # Programs that take whole rows, by bytes per element: from so many rows on, and up to so many
 # columns of W_x, each of its two parts padded to a power of two: rows, and channels at a time. Tall
@@ -301,9 +301,9 @@ def mixer_fwd(
             xz, stride_xzl, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, dstate,
             conv_x_bias, conv_z_bias, yz, delta, dt_low, BC,
         )  # fmt: skip
-    # B is the first columns of BC
-    x, C = yz[..., :dim], BC[..., dstate:]
-    selective_scan_fwd(x, delta, A, BC, C, D, None, delta_bias, None, True, False, False, y=x)
+    # x and B are the first columns of yz and BC
+    C = BC[..., dstate:]
+    selective_scan_fwd(yz, delta, A, BC, C, D, None, delta_bias, None, True, False, False, y=yz)
     return yz, dt_low, BC, BC.new_empty(0)
 
 
@@ -329,12 +329,10 @@ def mixer_bwd(
             xz, stride_xzl, conv_x_weight, None, x_proj_weight, dt_proj_weight, dstate,
             conv_x_bias, None, x, delta, low, None,
         )  # fmt: skip
-    scanned = (x, delta, A, BC[..., :dstate], BC[..., dstate:], D, None, delta_bias, None)
+    scanned = (x, delta, A, BC, BC[..., dstate:], D, None, delta_bias, None)
     _, _, states = selective_scan_fwd(*scanned, True, False, True)
-    dx, ddelta, dA, dB, dC, dD, _, ddelta_bias, _ = selective_scan_bwd(
-        dyz[..., :dim], None, *scanned, states, True, False
-    )
-    (dB, stride_dBl), (dC, stride_dCl) = dev.rows_of(dB), dev.rows_of(dC)
+    dx, ddelta, _, _, partial, dBC, _, _ = partial_bwd(dyz, None, *scanned, states, True, False)
+    dBC = dBC.sum(0)
     dw = _aligned(xz, rows, dt_rank + 2 * dstate)
     dxz = xz.new_empty(batch, seqlen, 2 * dim)
     blocks, blocks_d = blocks_of("bwd", batch, seqlen, dim)
@@ -344,8 +342,8 @@ def mixer_bwd(
         tiles, _, tile, _ = _tile(batch, seqlen, dim, dt_rank, dstate, xz.element_size())
         args = (
             ddelta,
-            dB, stride_dBl,
-            dC, stride_dCl,
+            dBC, 2 * dstate,
+            dBC[..., dstate:], 2 * dstate,
             x_proj_weight.contiguous(),
             dt_proj_weight.contiguous(),
             dx,
@@ -382,9 +380,7 @@ def mixer_bwd(
         shaped(sums_z[:, : widths[1]], conv_z_weight),
         dev.cast(dx_proj_weight, x_proj_weight),
         dev.cast(ddt_proj_weight, dt_proj_weight),
-        dA,
-        dD,
-        ddelta_bias,
+        *sum_partial(partial, A, D, delta_bias),
         shaped(sums_x[:, widths[0]], conv_x_bias),
         shaped(sums_z[:, widths[1]], conv_z_bias),
     )

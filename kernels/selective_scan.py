@@ -681,6 +681,13 @@ def _by_step(B, seqlen):
     return B, B.stride()[1:3], B.shape[2]
 
 
+@cache
+def _blocks(dim, groups, width):
+    """Blocks of so many channels; none has channels of two groups."""
+    return groups * triton.cdiv(dim // groups, width)
+
+
+@cache
 def states_shape(batch, seqlen, dim, dstate):
     """What the forward pass keeps: the state before every run of steps that is run again."""
     return batch, triton.cdiv(seqlen, _config(BACKWARD, ANY, dstate).STEPS[0]), dim, dstate
@@ -691,10 +698,10 @@ def selective_scan_fwd(
 ):
     """(y, last_state, states), states empty unless `save_states`.
 
-    `y` receives the result where given: rows of a wider buffer, or u itself, since a program reads
-    a row before it writes it.
+    `y` receives the result where given, and may be u itself, since a program reads a row before it
+    writes it. Of u and y, whose rows may be wider, the first channels count.
     """
-    batch, seqlen, dim = u.shape
+    batch, seqlen, dim = delta.shape
     dstate = A.shape[1]
     u, stride_ul = dev.rows_of(u)
     delta, stride_deltal = dev.rows_of(delta)
@@ -703,11 +710,11 @@ def selective_scan_fwd(
     C_, C_strides, groups_C = _by_step(C, seqlen)
     groups = max(groups_B, groups_C)
     constants = _forward_constants(batch, seqlen, dim, groups, dstate, save_states)
-    y = u.new_empty(u.shape) if y is None else y
+    y = u.new_empty(batch, seqlen, dim) if y is None else y
     last_state = u.new_empty(batch, dim, dstate, dtype=torch.float32)
     shape = states_shape(batch, seqlen, dim, dstate) if save_states else (0,)
     states = u.new_empty(shape, dtype=torch.float32)
-    grid = (batch * groups * triton.cdiv(dim // groups, constants[1] // constants[3]),)
+    grid = (batch * _blocks(dim, groups, constants[1] // constants[3]),)
     if batch:
         args = (
             u, stride_ul,
@@ -729,12 +736,18 @@ def selective_scan_fwd(
     return y, last_state, states
 
 
-def selective_scan_bwd(
+def partial_bwd(
     dy, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, states,
     delta_softplus, reverse,
 ):  # fmt: skip
-    """(du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None where an argument is."""
-    batch, seqlen, dim = u.shape
+    """(du, ddelta, dz, dinitial_state, partial, dBC, dB, dC), the last four before their sums over
+    the first axis, that of batch entries or, for dBC, of blocks of channels.
+
+    partial (batch, dim (dstate + 2)) has dA, dD and ddelta_bias, dBC (blocks, batch, seqlen,
+    2 dstate) dB and dC; constant B and C have theirs, (batch, dim, dstate), apart. Of dy, whose
+    rows may be wider, the first channels count.
+    """
+    batch, seqlen, dim = delta.shape
     dstate = A.shape[1]
     dy, stride_dyl = dev.rows_of(dy)
     u, stride_ul = dev.rows_of(u)
@@ -744,14 +757,15 @@ def selective_scan_bwd(
     C_, C_strides, groups_C = _by_step(C, seqlen)
     groups = max(groups_B, groups_C)
     constants = _backward_constants(seqlen, dim, groups, dstate)
-    blocks = groups * triton.cdiv(dim // groups, constants[1])
+    blocks = _blocks(dim, groups, constants[1])
     const_B, const_C = B.dim() == 2, C.dim() == 2
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=u.device)
 
-    du, ddelta = empty(*u.shape, dtype=u.dtype), empty(*u.shape, dtype=delta.dtype)
-    dz = None if z is None else empty(*u.shape, dtype=z.dtype)
+    du = empty(batch, seqlen, dim, dtype=u.dtype)
+    ddelta = empty(batch, seqlen, dim, dtype=delta.dtype)
+    dz = None if z is None else empty(batch, seqlen, dim, dtype=z.dtype)
     partial = empty(batch, dim * (dstate + 2))
     dBC = None if const_B and const_C else empty(blocks, batch, seqlen, 2 * dstate)
     dB = empty(batch, dim, dstate) if const_B else None
@@ -782,28 +796,41 @@ def selective_scan_bwd(
             dstate, const_B, const_C, delta_softplus, reverse, *constants,
         )  # fmt: skip
         dev.launch(_scan_bwd_kernel, (batch * blocks,), args, OPTIONS)
+    return du, ddelta, dz, dinitial_state, partial, dBC, dB, dC
 
-    dA, dD, ddelta_bias = partial.sum(0).split((dim * dstate, dim, dim))
+
+def sum_partial(partial, A, D, delta_bias):
+    """(dA, dD, ddelta_bias) from `partial` of `partial_bwd`, None where an argument is."""
+    dA, dD, ddelta_bias = partial.sum(0).split((A.numel(), len(A), len(A)))
+    return dev.cast(dA.view(A.shape), A), dev.cast(dD, D), dev.cast(ddelta_bias, delta_bias)
+
+
+def selective_scan_bwd(
+    dy, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, states,
+    delta_softplus, reverse,
+):  # fmt: skip
+    """(du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None where an argument is."""
+    du, ddelta, dz, dinitial_state, partial, dBC, dB, dC = partial_bwd(
+        dy, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, states,
+        delta_softplus, reverse,
+    )  # fmt: skip
+    dA, dD, ddelta_bias = sum_partial(partial, A, D, delta_bias)
     dB, dC = (None if x is None else x.sum(0) for x in (dB, dC))
     if dBC is not None:
+        dstate = A.shape[1]
+        groups_B, groups_C = (x.shape[2] if x.dim() == 4 else 1 for x in (B, C))
+        groups = max(groups_B, groups_C)
         # Over the blocks that share a row of B or C: those of a group, or all
         by_group = dBC.unflatten(0, (groups, -1)).sum(1).permute(1, 2, 0, 3)
         over_all = by_group.sum(2, keepdim=True) if groups > min(groups_B, groups_C) else by_group
-        if not const_B:
+        if B.dim() > 2:
             dB = (by_group if groups_B == groups else over_all)[..., :dstate].reshape(B.shape)
-        if not const_C:
+        if C.dim() > 2:
             dC = (by_group if groups_C == groups else over_all)[..., dstate:].reshape(C.shape)
     return (
-        du,
-        ddelta,
-        dA.view(dim, dstate).to(A.dtype),
-        dB.to(B.dtype),
-        dC.to(C.dtype),
-        None if D is None else dD.to(D.dtype),
-        dz,
-        None if delta_bias is None else ddelta_bias.to(delta_bias.dtype),
-        None if initial_state is None else dinitial_state.to(initial_state.dtype),
-    )
+        du, ddelta, dA, dev.cast(dB, B), dev.cast(dC, C), dD, dz, ddelta_bias,
+        dev.cast(dinitial_state, initial_state),
+    )  # fmt: skip
 
 
 class SelectiveScan(torch.autograd.Function):

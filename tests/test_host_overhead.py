@@ -25,7 +25,7 @@ device = importlib.import_module("mambavision.kernels._device")
 # Microseconds of an autograd function that does nothing but the same allocations
 USUAL = 10.0
 # Above it; as much above the backward pass's allocations and library calls; for one launch
-FORWARD, BACKWARD, LAUNCH = 15.0, 75.0, 5.0
+FORWARD, BACKWARD, LAUNCH = 15.0, 50.0, 5.0
 
 
 class Allocations(torch.autograd.Function):
