@@ -746,12 +746,14 @@ def test_unreadable_image_is_named(shapes, tmp_path, workers):
     assert_whole(tmp_path / "run")
 
 
-@pytest.mark.parametrize("lr", (1e30, 1e45), ids=("loss", "weights"))
-def test_loss_that_is_no_number(shapes, tmp_path, lr):
+@pytest.mark.parametrize(
+    "more", ({"lr": 1e30}, {"lr": 3e38, "weight_decay": 1e6}), ids=("loss", "weights")
+)
+def test_loss_that_is_no_number(shapes, tmp_path, more):
     """Or weights, which an update can spoil after the last loss that was one."""
     chosen = options(
         shapes, tmp_path / "run", opt="sgd", clip_grad=None, sched="constant", recovery_interval=1,
-        epochs=4, warmup_epochs=2, warmup_lr=1e-3, lr=lr,
+        epochs=4, warmup_epochs=2, warmup_lr=1e-9, **more,
     )  # fmt: skip
     message = stopped(chosen)
     assert "the last good checkpoint is" in message and "--lr" in message
