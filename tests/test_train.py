@@ -616,9 +616,14 @@ def in_two(processes, work, *arguments):
     pair = [processes.Process(target=_as_rank, args=(r, port, work, arguments)) for r in (0, 1)]
     for process in pair:
         process.start()
-    for process in pair:
-        process.join(60)
-    assert [process.exitcode for process in pair] == [0, 0]
+    try:
+        for process in pair:
+            process.join(300)
+        assert [process.exitcode for process in pair] == [0, 0]
+    finally:
+        # One that waits for the other would keep the tests from ending.
+        for process in pair:
+            process.kill()
 
 
 def statistics(trainer):
