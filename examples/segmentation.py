@@ -54,8 +54,8 @@ from mambavision.errors import CommandError
 # Without and with --small. The first are those of the published configuration for T: 16 crops of
 # 512 pixels, 160,000 updates of AdamW at 5e-5 after 1,500 to warm up, then down in a line.
 RECIPE: Recipe = {
-    "steps": (160_000, 1000), "batch_size": (16, 12), "lr": (5e-5, 4e-3), "warmup": (1500, 50),
-    "weight_decay": (0.01, 0.01), "drop_path": (0.3, 0.0), "eval_every": (8000, 250),
+    "steps": (160_000, 1200), "batch_size": (16, 12), "lr": (5e-5, 4e-3), "warmup": (1500, 50),
+    "weight_decay": (0.01, 0.01), "drop_path": (0.3, 0.0), "eval_every": (8000, 300),
     "size": (512, 120), "crop": (512, 96), "vary": (2.0, 1.25),
 }  # fmt: skip
 

@@ -184,12 +184,12 @@ def test_average_precision_by_hand(coco_folder):
     # A better score for the wrong one: precision 1 / 2 at every recall.
     both = wrong + [{**one, "score": 0.5} for one in right]
     np.testing.assert_allclose(example.average_precision(data, both, "bbox"), 0.5)
-    # A box of 4 x 3 pixels found as 4 x 2: IoU 2 / 3 is enough for 0.50, 0.55, 0.60, 0.65.
-    short = {**target, "boxes": target["boxes"] - torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]])}
+    # A box of 4 x 3 found as 4 x 2.16: IoU 0.72 is enough for 0.50, 0.55, 0.60, 0.65, 0.70.
+    short = {**target, "boxes": target["boxes"] - torch.tensor([[0, 0, 0, 0.84], [0, 0, 0, 0]])}
     results = example.results_of(found_as(short, [0.9, 0.8]), 5, data.categories)
     found = example.average_precision(data, results, "bbox")
-    np.testing.assert_allclose(found, [[1, 1, 1], [0.4, 1, 0]])
-    np.testing.assert_allclose(example.mean(found), [0.7, 1, 0.5])
+    np.testing.assert_allclose(found, [[1, 1, 1], [0.5, 1, 0]])
+    np.testing.assert_allclose(example.mean(found), [0.75, 1, 0.5])
     np.testing.assert_allclose(example.average_precision(data, results, "segm"), 1)
 
 

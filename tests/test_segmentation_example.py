@@ -208,16 +208,16 @@ def test_crops_keep_pixels_and_classes_together(scene, size, crop):
 
 def test_confusion_and_iou_by_hand():
     truth = np.array([[0, 0, 1, 1], [1, 2, 255, 255]], dtype=np.uint8)
-    found = np.array([[0, 1, 1, 1], [0, 2, 3, 0]])
+    found = np.array([[0, 1, 1, 1], [1, 2, 3, 0]])
     counts = example.confusion(truth, found, 4)
     np.testing.assert_array_equal(
-        counts, [[1, 1, 0, 0], [1, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+        counts, [[1, 1, 0, 0], [0, 3, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     )
-    # Class 0: 1 hit, 2 true, 2 found: 1 / 3. Class 1: 2 hits, 3 true, 3 found: 2 / 4.
-    np.testing.assert_allclose(example.ious(counts), [1 / 3, 1 / 2, 1, np.nan])
+    # Class 0: 1 hit, 2 true, 1 found: 1 / 2. Class 1: 3 hits, 3 true, 4 found: 3 / 4.
+    np.testing.assert_allclose(example.ious(counts), [1 / 2, 3 / 4, 1, np.nan])
     text = example.report(counts, ["a", "b", "c", "d"])
-    assert "mIoU 0.6111, pixel accuracy 66.67%" in text
-    assert re.search(r"b +50\.0% +0\.5000", text)
+    assert "mIoU 0.7500, pixel accuracy 83.33%" in text
+    assert re.search(r"b +50\.0% +0\.7500", text)
     # A class that is found but never true counts as 0, in every library alike.
     np.testing.assert_allclose(
         example.ious(example.confusion(np.zeros(4, np.uint8), np.array([0, 0, 0, 1]), 2)), [0.75, 0]
