@@ -687,10 +687,10 @@ def _blocks(dim, groups, width):
     return groups * triton.cdiv(dim // groups, width)
 
 
-@cache
 def states_shape(batch, seqlen, dim, dstate):
     """What the forward pass keeps: the state before every run of steps that is run again."""
-    return batch, triton.cdiv(seqlen, _config(BACKWARD, ANY, dstate).STEPS[0]), dim, dstate
+    # Sizes may be symbols
+    return batch, -(-seqlen // _config(BACKWARD, ANY, dstate).STEPS[0]), dim, dstate
 
 
 def selective_scan_fwd(
