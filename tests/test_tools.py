@@ -314,6 +314,33 @@ def test_confusion_matrix_fits_its_picture(tmp_path, names):
     assert_nothing_is_cut_off(tmp_path / "c.png")
 
 
+def test_confusion_matrix_has_true_classes_in_rows(tmp_path, monkeypatch):
+    """Of classes 0, 2 and 3; class 3 is predicted only."""
+    from mambavision.tools import draw, evaluate
+
+    targets = np.array([0, 0, 0, 2, 2])
+    chosen = np.array([0, 0, 2, 3, 2])[:, None]
+    expected = [[2, 1, 0], [0, 1, 1], [0, 0, 0]]
+    drawn, write = [], draw.confusion
+
+    def spy(path, counts, names, title):
+        drawn.append((counts.tolist(), names))
+        write(path, counts, names, title)
+
+    monkeypatch.setattr(draw, "confusion", spy)
+    found = evaluate.Result(targets, chosen, np.ones(5), 1.0)
+    setting = evaluate.Setting(48, 0.9, "center")
+    evaluate._confusion(found, list("abcd"), tmp_path / "c.png", setting)
+    assert drawn == [(expected, ["a", "c", "d"])] and (tmp_path / "c.png").exists()
+
+    (axes,) = write.__wrapped__(np.array(expected), list("acd"), "title").axes
+    colours = np.asarray(axes.images[0].get_array())
+    paper = colours[2, 0]
+    assert ((colours != paper).any(-1) == (np.array(expected) > 0)).all()
+    assert {text.get_text() for text in axes.texts} == {"1", "2"}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+
+
 def test_eval_at_several_sizes_and_crops(tmp_path, capsys, checkpoint, colours):
     sizes, crops = (32, 64), (0.8, 1.0)
     code, _, _ = run(
@@ -468,6 +495,15 @@ def opened(*arguments):
 
     command = ["predict", "x.png", "--device", "cpu", *map(str, arguments)]
     return open_source(cli._parser().parse_args(command))
+
+
+def test_maps_are_those_of_the_stages(checkpoint):
+    source, x = opened("--checkpoint", checkpoint), torch.randn(2, 3, 64, 48)
+    with torch.no_grad():
+        expected = tiny().forward_stages(x)
+    found = source.maps(x)
+    assert [tuple(map.shape) for map in found] == [(8, 16, 12), (16, 8, 6), (32, 4, 3), (64, 2, 2)]
+    torch.testing.assert_close(found, [map[0] for map in expected], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

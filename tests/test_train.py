@@ -373,13 +373,22 @@ def test_checkpointing_reaches_the_model(shapes):
 @pytest.mark.slow
 def test_compiled_trains(shapes, tmp_path, monkeypatch):
     """Traced and differentiated as ever, without the minute that generating code takes."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    plain = {**PLAIN, "epochs": 1, "lr": 0.01, "opt": "sgd"}
-    losses = [
-        train(options(shapes, tmp_path / str(on), torchcompile=on, **plain)).history[0]["val_loss"]
-        for on in (True, False)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    aot_eager, graphs = torch._dynamo.lookup_backend("aot_eager"), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+
+    def loss(on):
+        chosen = options(shapes, tmp_path / str(on), torchcompile=on, **PLAIN, epochs=1, lr=0.01,
+                         opt="sgd")  # fmt: skip
+        return train(chosen).history[0]["val_loss"]
+
+    expected = loss(False)
+    assert not graphs
+    assert loss(True) == pytest.approx(expected, rel=1e-3) and graphs
 
 
 # The run folder
