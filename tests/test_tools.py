@@ -358,6 +358,22 @@ def test_eval_at_several_sizes_and_crops(tmp_path, capsys, checkpoint, colours):
         assert (tmp_path / f"confusion-{size}-{crop:g}.png").is_file()
 
 
+def test_eval_squashes_when_told(tmp_path, capsys, checkpoint, colours):
+    """Pictures of 50 x 40 and all of them in the square, but for the crop."""
+    code, out, _ = run(
+        capsys, "eval", colours, "--checkpoint", checkpoint, "--output", tmp_path,
+        "--crop-mode", "squash", "--crop-pct", 1.0,
+    )  # fmt: skip
+    assert code == 0 and "squash" in out
+    (summary,) = rows_of(tmp_path / "summary.csv")
+    assert summary["crop_mode"] == "squash"
+    for row in rows_of(tmp_path / "predictions.csv"):
+        square = Image.open(row["picture"]).convert("RGB").resize((48, 48), Image.BICUBIC)
+        square.save(tmp_path / "square.png")
+        chance = float(expected(tiny(), tmp_path / "square.png", crop_pct=1.0).max())
+        assert float(row["probability"]) == pytest.approx(chance, abs=2e-3)
+
+
 def test_folders_are_matched_by_name(tmp_path, capsys, colours):
     """Labels in another order than the folders', and one without a folder."""
     labels = ["blue", "none", "green", "red"]
@@ -504,6 +520,17 @@ def test_maps_are_those_of_the_stages(checkpoint):
     found = source.maps(x)
     assert [tuple(map.shape) for map in found] == [(8, 16, 12), (16, 8, 6), (32, 4, 3), (64, 2, 2)]
     torch.testing.assert_close(found, [map[0] for map in expected], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "flags, dtype", (((), torch.float32), (("--amp",), torch.bfloat16),
+                     (("--amp", "--amp-dtype", "float16"), torch.float16)),
+)  # fmt: skip
+def test_precision_is_that_asked_for(checkpoint, flags, dtype):
+    source, seen = opened("--checkpoint", checkpoint, *flags), []
+    source.model.head.register_forward_hook(lambda module, x, out: seen.append(out.dtype))
+    assert source.logits(torch.randn(1, 3, 48, 48)).dtype == torch.float32
+    assert seen == [dtype]
 
 
 @pytest.mark.parametrize(
