@@ -271,6 +271,11 @@ def fit(
         optimizer, lambda i: min((i + 1) / (rising + 1), (steps - i) / (steps - rising))
     )
     device = next(model.parameters()).device
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} updates of "
+        f"{options.batch_size} pictures on {device}, into {options.output}",
+        flush=True,
+    )
     history: list[dict[str, float]] = []
     total, best = 0.0, -1.0
     model.train()

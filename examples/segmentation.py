@@ -110,11 +110,15 @@ def load(folder: Path) -> Any:
 
 def save(model: Any, folder: Path) -> None:
     """Each file is replaced as a whole."""
+    from mambavision.training.folder import whole
+
     temporary = folder / ".saving"
     try:
         model.save_pretrained(temporary)
         for path in sorted(temporary.iterdir()):
-            path.replace(folder / path.name)
+            # Copied, since of what transformers writes only the owner may read the weights.
+            with whole(folder / path.name) as copy:
+                shutil.copyfile(path, copy)
     except OSError as error:
         raise CommandError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:

@@ -312,6 +312,7 @@ def test_ctrl_c_keeps_the_best_weights(few, tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     try:
+        assert "parameters, 100000 updates" in process.stdout.readline()
         assert "step 2/" in process.stdout.readline()
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
