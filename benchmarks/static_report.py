@@ -11,8 +11,8 @@ Issue slots per (batch, step, channel) = warp instructions of the step loop x 32
 elements that one iteration serves. A scheduler issues one warp instruction per clock, so
 slots x elements / (32 x 4 x SMs x clock) is a floor under the run time. A special-function result
 (MUFU) counts one slot here and eight against its own unit. `useful` charges the same instructions
-to the channels that exist: with BLOCK_D 128, dim 160 pays for 256. `loads_ahead` is the least part of
-the loop between a load and the first wait for it (`machine_code.loads_ahead`).
+to the channels that exist: with BLOCK_D 128, dim 160 pays for 256. `loads_ahead` is the least part
+of the loop between a load and the first wait for it (`machine_code.loads_ahead`).
 
     python benchmarks/static_report.py
     python benchmarks/static_report.py --target sm_90 --kernel scan --dtype float16

@@ -294,12 +294,12 @@ def _next_state(h, A, B_t, dt, dtu):
 
 
 @triton.jit
-def _only(h, mask):
-    """h where the mask holds, 0 elsewhere."""
-    values = ()
-    for r in tl.static_range(len(h)):
-        values = values + (tl.where(mask[:, None], h[r], 0.0),)
-    return values
+def _only(values, mask):
+    """The values where the mask holds, 0 elsewhere."""
+    kept = ()
+    for k in tl.static_range(len(values)):
+        kept = kept + (tl.where(mask, values[k], 0.0),)
+    return kept
 
 
 @triton.jit
@@ -378,7 +378,7 @@ def _scan_fwd_kernel(
         length = tl.cdiv(seqlen, SPLIT * STEPS) * STEPS
         piece = tl.arange(0, BLOCK_D) // (BLOCK_D // SPLIT)
         start = piece * length
-        h0, h = h, _only(h, piece == 0)
+        h0, h = h, _only(h, (piece == 0)[:, None])
         total = tl.zeros((BLOCK_D,), tl.float32)
         for walked in range(0, length, STEPS):
             t0 = start + walked
@@ -559,6 +559,8 @@ def _scan_bwd_kernel(
             )
         us, deltas = dev.to_float32(u_rows), dev.to_float32(delta_rows)
         dys = dev.to_float32(dy_rows)
+        if not EVEN_D:
+            us, dys = _only(us, mask_d), _only(dys, mask_d)
         u_rows = _load_rows(u_ptr, stride_ul, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
         delta_rows = _load_rows(
             delta_ptr, stride_deltal, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE
@@ -592,12 +594,8 @@ def _scan_bwd_kernel(
             u, dy, p = us[i], dys[i], ps[i]
             if not EVEN_L:
                 dy = tl.where(t0 + i < seqlen, dy, 0.0)
-            if not EVEN_D:
-                dy = tl.where(mask_d, dy, 0.0)
             dt = dts[i][:, None]
             dtu = dts[i] * u
-            if not EVEN_D:
-                dtu = tl.where(mask_d, dtu, 0.0)
             dtu_n = dtu[:, None]
             h_t = ()
             for r in tl.static_range(len(A)):

@@ -82,7 +82,7 @@ FAULTS = [
     ),
     Fault(
         "first piece begins without the initial state", SCAN,
-        "h0, h = h, _only(h, piece == 0)", "h0, h = h, _only(h, piece < 0)",
+        "_only(h, (piece == 0)[:, None])", "_only(h, (piece < 0)[:, None])",
         "selective_scan.py::test_without_gradients[8-initial-state]", "y",
     ),
     Fault(
