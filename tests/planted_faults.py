@@ -30,7 +30,7 @@ class Fault:
 
 FAULTS = [
     Fault(
-        "sign of dC", SCAN, "dev.halve(g_t, dtu, h, dy,", "dev.halve(g_t, dtu, h, -dy,",
+        "sign of dC", SCAN, "dev.halve(g_t, dtu, h_t, dy,", "dev.halve(g_t, dtu, h_t, -dy,",
         "selective_scan.py::test_float32[two-blocks-and-a-mask]", "dC",
     ),
     Fault(
@@ -56,7 +56,8 @@ FAULTS = [
     ),
     Fault(
         "step behind the end not masked", SCAN,
-        "dt = tl.where(t < seqlen, dt, 0.0)", "dt = dt + 0.0 * t",
+        "softplus2(dt)\n    if not EVEN_L:\n        dt = tl.where(t < seqlen, dt, 0.0)",
+        "softplus2(dt)\n    if not EVEN_L:\n        dt = dt + 0.0 * t",
         "selective_scan.py::test_float32[two-blocks-and-a-mask]", "last_state",
     ),
     Fault(
@@ -66,8 +67,7 @@ FAULTS = [
     ),
     Fault(
         "B and C swapped", SCAN, 
-        "dt, dt * u)\n            y = dev.dot_states(h, C_t)",
-        "dt, dt * u)\n            y = dev.dot_states(h, B_t)",
+        "y = dev.dot_states(h, C_t, D * u)", "y = dev.dot_states(h, B_t, D * u)",
         "selective_scan.py::test_float32[one-full-block]", "y",
     ),
     Fault(
