@@ -153,6 +153,8 @@ def test_wandb(shapes, tmp_path, monkeypatch, offline):
         patch.setattr(loop._Run, "finish_epoch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(chosen)
+    # Its folders are named by the second.
+    time.sleep(1)
     history = train(chosen, resume=chosen.output).history
     runs, exits, logged = [], [], []
     for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")):
