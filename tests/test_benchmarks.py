@@ -566,3 +566,16 @@ def test_the_same_cases_under_pytest_benchmark():
     )  # fmt: skip
     assert found.returncode == 0, found.stdout
     assert "3 passed, 6 skipped" in found.stdout and "need a GPU" in found.stdout
+
+
+def test_launch_configs_are_providers():
+    """Every configuration beside the shipped one, at every size asked for; a GPU that is not there
+    is named."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "launch_configs.py")]
+    asked = [*script, "--shapes", "T-s3", "B-s3", "--batch", "8", "--list"]
+    listed = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(listed) == 2 * 8 and len(set(listed)) == 16
+    assert listed[0].endswith("-triton-forward") and "7 or 4 steps, 32x4, 16 pieces" in listed[7]
+    if not torch.cuda.is_available():
+        done = subprocess.run([*script, "--device", "cuda"], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no GPU" in done.stderr
