@@ -289,7 +289,7 @@ def predict(options: argparse.Namespace) -> int:
             shown = [(open_picture(path, upright=True), None)]
             draw(options.output / f"{path.stem}.png", model, shown, config["labels"], options)
             bar.update()
-    print(f"{len(paths)} pictures: {options.output}")
+    print(f"pictures: {options.output}")
     return 0
 
 

@@ -293,7 +293,7 @@ def predict(options: argparse.Namespace) -> int:
             picture = open_picture(path, upright=True)
             draw(options.output / f"{path.stem}.png", model, [(picture, None)], options)
             bar.update()
-    print(f"{len(paths)} pictures: {options.output}")
+    print(f"pictures: {options.output}")
     return 0
 
 
