@@ -197,7 +197,7 @@ def test_one_image_fills_more_than_40_warps(tmp_path):
     rows = report(tmp_path / "r.json", *args)["rows"]
     few = {row["batch"]: row for row in rows if row["constants"]["SPLIT"] > 1}
     assert few.keys() >= {1, 32}
-    assert few[1]["grid"][0] == 80 and few[32]["grid"][0] == 640
+    assert few[1]["grid"][0] == 80 and few[32]["grid"][0] == 1280
 
 
 @budgets
