@@ -384,5 +384,7 @@ def test_distributed_wrapper(tmp_path):
         wrapped(x).sum().backward()
         for p, q in zip(model.parameters(), wrapped.parameters(), strict=True):
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-5, atol=1e-6)
+        # Not after the group: see `stop` in mambavision/training/parallel.py.
+        del wrapped
     finally:
         torch.distributed.destroy_process_group()

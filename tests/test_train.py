@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from mambavision.training import parallel  # noqa: E402
 from mambavision.training.data import Seeded, open_data, training_loader  # noqa: E402
 from mambavision.training.engine import Trainer, learning_rate  # noqa: E402
 from mambavision.training.loop import train  # noqa: E402
-from mambavision.training.parallel import Ranks  # noqa: E402
+from mambavision.training.parallel import Ranks, Wrapped  # noqa: E402
 
 CPU = Ranks(torch.device("cpu"))
 SIZES = {
@@ -611,6 +612,14 @@ def test_resumed_in_float16(shapes, processes, tmp_path):
 # Two processes
 
 
+def free_ports(count):
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
 def _as_rank(rank, port, work, arguments):
     _silent()
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
@@ -619,9 +628,7 @@ def _as_rank(rank, port, work, arguments):
 
 
 def in_two(processes, work, *arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     pair = [processes.Process(target=_as_rank, args=(r, port, work, arguments)) for r in (0, 1)]
     for process in pair:
         process.start()
@@ -673,6 +680,21 @@ def test_gradients_of_two_processes(shapes, processes, tmp_path, norms_in_eval):
         assert_close(found, of_whole, rtol=1e-4, atol=1e-6)
     else:
         assert any(not torch.allclose(g, of_whole[n], atol=1e-4) for n, g in found.items())
+
+
+def _start_and_stop(rank, ports):
+    torch.set_num_threads(1)
+    for port in ports:
+        os.environ["MASTER_PORT"] = str(port)
+        wrapped = Wrapped(torch.nn.Linear(50, 50), parallel.start("cpu", fsdp=False), fsdp=False)
+        wrapped.run(torch.ones(2, 50)).sum().backward()
+        parallel.stop()
+        del wrapped
+
+
+def test_leaving_does_not_wait_for_itself(processes):
+    """A process that leaves right after a backward pass ends; one in 30 did not."""
+    in_two(processes, _start_and_stop, free_ports(60))
 
 
 def _train_in_two(rank, chosen, resume):

@@ -49,8 +49,15 @@ def start(device: str, fsdp: bool) -> Ranks:
     return Ranks(torch.device(found["device"]), found["global_rank"], found["world_size"])
 
 
+# The group that was left last. DDP's reducer must not be the last to hold one: it frees it without
+# letting go of the interpreter's lock, for which a thread of gloo's may be waiting (PyTorch 2.13).
+_left: Any = None
+
+
 def stop() -> None:
+    global _left
     if dist.is_initialized():
+        _left = dist.group.WORLD
         dist.destroy_process_group()
 
 
