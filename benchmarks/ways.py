@@ -60,7 +60,7 @@ def _plain(layout: torch.memory_format, model: nn.Module, dtype: torch.dtype) ->
     return copy.deepcopy(model).to(dtype=dtype, memory_format=layout)
 
 
-def _optimized(model: nn.Module, dtype: torch.dtype, **options: bool) -> nn.Module:
+def _optimized(model: nn.Module, dtype: torch.dtype, **options: bool | str) -> nn.Module:
     try:
         from mambavision.inference import optimize_for_inference
     except ImportError:
@@ -119,6 +119,9 @@ WAYS = [
     Way("ours", "optimized, compiled, CUDA graph",
         partial(_optimized, compile=True, cuda_graph=True), torch.channels_last,
         asked_as="compiled", graph=False),
+    Way("ours", "optimized, autotuned, CUDA graph",
+        partial(_optimized, compile="max-autotune-no-cudagraphs", cuda_graph=True),
+        torch.channels_last, asked_as="compiled", graph=False),
     *_in_layouts("eager", _eager),
     Way("compiled", "channels_last", partial(_compiled, torch.channels_last), torch.channels_last),
     *_in_layouts("no_scan", _no_scan, gated=False, default=False),

@@ -32,7 +32,7 @@ gives the states that enter the pieces, then from that for y.
 A step's rows are used once, far from any cache, and a few warps hide nothing, so what counts is
 when loads begin. The loops run STEPS steps per iteration and load what the next one needs first of
 all. That works only where the registers loaded into hold nothing that is still needed: rows are
-widened and tiles copied (`_used_up`) before. Else the assembler puts the loads last, or makes other
+widened and tiles copied (`used_up`) before. Else the assembler puts the loads last, or makes other
 instructions wait for them; benchmarks/NOTES.md has what each of these cost.
 
 In training the forward pass keeps the state before every STEPS steps (`states`); the backward pass
@@ -50,6 +50,7 @@ import triton
 import triton.language as tl
 
 from . import _device as dev
+from . import _registers as reg
 from ._device import LN2, LOG2E
 
 MAX_DSTATE = 64
@@ -143,29 +144,6 @@ def _owned_channels(
 
 
 @triton.jit
-def _row(t, seqlen, REVERSE: tl.constexpr):
-    """Where step t lies, 64 bits wide: with REVERSE the sequence is walked from its end, without a
-    flipped copy."""
-    row = tl.cast(t, tl.int64)
-    if REVERSE:
-        row = seqlen - 1 - row
-    return row
-
-
-@triton.jit
-def _behind(i: tl.constexpr, t0, seqlen, EVEN_L: tl.constexpr, REVERSE: tl.constexpr):
-    """Rows from step t0 to step t0 + i, at most to the last step: a constant in full chunks."""
-    if EVEN_L:
-        rows = i
-    else:
-        rows = tl.minimum(i, seqlen - 1 - t0)
-    if REVERSE:
-        return -rows
-    else:
-        return rows
-
-
-@triton.jit
 def _step_size(
     delta, delta_bias, t, seqlen, DELTA_SOFTPLUS: tl.constexpr, EVEN_L: tl.constexpr
 ):
@@ -193,113 +171,12 @@ def _step_size2(
 
 
 @triton.jit
-def _load_rows(
-    ptr, stride_l: tl.constexpr, t0, seqlen, offs_d, STEPS: tl.constexpr, EVEN_L: tl.constexpr,
-    REVERSE: tl.constexpr,
-):  # fmt: skip
-    """STEPS rows of a (seqlen, dim) tensor from step t0 on, as memory holds them, and none outside
-    the sequence."""
-    t0 = tl.minimum(t0, seqlen - (STEPS if EVEN_L else 1))
-    at = ptr + _row(t0, seqlen, REVERSE) * stride_l + offs_d
-    rows = ()
-    for i in tl.static_range(STEPS):
-        rows = rows + (tl.load(at + _behind(i, t0, seqlen, EVEN_L, REVERSE) * stride_l),)
-    return rows
-
-
-@triton.jit
-def _load_states_of(
-    ptr, stride_l: tl.constexpr, t0, seqlen, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """STEPS steps of B or C from t0 on, float32 while a lane has few values: tiles of one value a
-    lane, a row for each register of a step; or all registers, where each lane is at a step of its
-    own."""
-    EACH: tl.constexpr = triton.next_power_of_2(triton.cdiv(dstate, BLOCK_N))
-    values = ()
-    if SPLIT == 1:
-        ROWS: tl.constexpr = triton.next_power_of_2(STEPS) * EACH
-        TILE: tl.constexpr = min(ROWS, max(32 // BLOCK_N, 1))
-        for k in tl.static_range(ROWS // TILE):
-            row = k * TILE + tl.arange(0, TILE)
-            t = tl.minimum(t0 + row // EACH, seqlen - 1)
-            offs_n = (row % EACH)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-            at = ptr + (_row(t, seqlen, REVERSE) * stride_l)[:, None] + offs_n
-            if dstate == EACH * BLOCK_N:
-                tile = tl.load(at)
-            else:
-                tile = tl.load(at, mask=offs_n < dstate, other=0.0)
-            values = values + (tile.to(tl.float32),)
-    else:
-        for i in tl.static_range(STEPS):
-            row = _row(tl.minimum(t0 + i, seqlen - 1), seqlen, REVERSE)
-            step = dev.load_alike(ptr + row * stride_l, offs_d, dstate, BLOCK_N)
-            values = values + dev.to_float32(step)
-    return values
-
-
-@triton.jit
-def _used_up(values):
-    """The values in other registers: loads into their own can begin at once, nothing waits for
-    these before the next iteration. 0 is added, which no compiler may leave out: -0 changes."""
-    copies = ()
-    for k in tl.static_range(len(values)):
-        copies = copies + (values[k] + 0.0,)
-    return copies
-
-
-@triton.jit
-def _times(values, factor):
-    """The values times a factor; to loads as good as `_used_up`."""
-    products = ()
-    for k in tl.static_range(len(values)):
-        products = products + (values[k] * factor,)
-    return products
-
-
-@triton.jit
-def _share_out(tiles, SPLIT: tl.constexpr):
-    """Registers of all steps from `_load_states_of`, the same for every channel."""
-    if SPLIT == 1:
-        rows = ()
-        for k in tl.static_range(len(tiles)):
-            rows = rows + dev.rows(tiles[k])
-        return rows
-    else:
-        return tiles
-
-
-@triton.jit
-def _step_of(
-    rows, i: tl.constexpr, dstate: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr
-):
-    """The registers of step i."""
-    R: tl.constexpr = triton.cdiv(dstate, BLOCK_N)
-    values = ()
-    for r in tl.static_range(R):
-        if SPLIT == 1:
-            values = values + (rows[i * triton.next_power_of_2(R) + r][None, :],)
-        else:
-            values = values + (rows[i * R + r],)
-    return values
-
-
-@triton.jit
 def _next_state(h, A, B_t, dt, dtu):
     """exp(dt A) h + dt B u, dt in units of ln 2 and B_t times ln 2."""
     h_next = ()
     for r in tl.static_range(len(A)):
         h_next = h_next + (tl.exp2(dt[:, None] * A[r]) * h[r] + dtu[:, None] * B_t[r],)
     return h_next
-
-
-@triton.jit
-def _only(values, mask):
-    """The values where the mask holds, 0 elsewhere."""
-    kept = ()
-    for k in tl.static_range(len(values)):
-        kept = kept + (tl.where(mask, values[k], 0.0),)
-    return kept
 
 
 @triton.jit
@@ -359,18 +236,18 @@ def _scan_fwd_kernel(
     y_ptr += b * seqlen * stride_yl
     if z_ptr is not None:
         z_ptr += b * seqlen * stride_zl
-    A = dev.load_states(A_ptr, offs_d, dstate, BLOCK_N)
+    A = reg.load_states(A_ptr, offs_d, dstate, BLOCK_N)
     if CONST_B:
-        B_t = _times(dev.load_states(B_ptr, offs_d, dstate, BLOCK_N), LN2)
+        B_t = reg.times(reg.load_states(B_ptr, offs_d, dstate, BLOCK_N), LN2)
     else:
         B_ptr += b * seqlen * stride_Bl + group * stride_Bg
     if CONST_C:
-        C_t = dev.load_states(C_ptr, offs_d, dstate, BLOCK_N)
+        C_t = reg.load_states(C_ptr, offs_d, dstate, BLOCK_N)
     else:
         C_ptr += b * seqlen * stride_Cl + group * stride_Cg
-    D = dev.load_vector(D_ptr, offs_d)
-    delta_bias2 = dev.load_vector(delta_bias_ptr, offs_d) * LOG2E
-    h = dev.load_first(initial_state_ptr, b, A, offs_d, dim, dstate, BLOCK_N)
+    D = reg.load_vector(D_ptr, offs_d)
+    delta_bias2 = reg.load_vector(delta_bias_ptr, offs_d) * LOG2E
+    h = reg.load_first(initial_state_ptr, b, A, offs_d, dim, dstate, BLOCK_N)
 
     start, length = 0, seqlen
     if SPLIT > 1:
@@ -378,16 +255,16 @@ def _scan_fwd_kernel(
         length = tl.cdiv(seqlen, SPLIT * STEPS) * STEPS
         piece = tl.arange(0, BLOCK_D) // (BLOCK_D // SPLIT)
         start = piece * length
-        h0, h = h, _only(h, (piece == 0)[:, None])
+        h0, h = h, reg.only(h, (piece == 0)[:, None])
         total = tl.zeros((BLOCK_D,), tl.float32)
         for walked in range(0, length, STEPS):
             t0 = start + walked
-            us = _load_rows(u_ptr, stride_ul, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
-            deltas = _load_rows(
+            us = reg.load_rows(u_ptr, stride_ul, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+            deltas = reg.load_rows(
                 delta_ptr, stride_deltal, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE
             )
             if not CONST_B:
-                Bs = _load_states_of(
+                Bs = reg.load_states_by_step(
                     B_ptr, stride_Bl, t0, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
                 )
             for i in tl.static_range(STEPS):
@@ -395,77 +272,79 @@ def _scan_fwd_kernel(
                 dt = _step_size2(delta, delta_bias2, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
                 total += dt
                 if not CONST_B:
-                    B_t = _times(_step_of(Bs, i, dstate, BLOCK_N, SPLIT), LN2)
+                    B_t = reg.times(reg.of_step(Bs, i, dstate, BLOCK_N, SPLIT), LN2)
                 h = _next_state(h, A, B_t, dt, dt * u)
         h = _state_before_piece(h0, h, A, total, piece, SPLIT)
 
-    u_rows = _load_rows(u_ptr, stride_ul, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
-    delta_rows = _load_rows(delta_ptr, stride_deltal, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+    u_rows = reg.load_rows(u_ptr, stride_ul, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+    delta_rows = reg.load_rows(
+        delta_ptr, stride_deltal, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE
+    )
     if z_ptr is not None:
-        z_rows = _load_rows(z_ptr, stride_zl, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+        z_rows = reg.load_rows(z_ptr, stride_zl, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
     if not CONST_B:
-        B_tiles = _load_states_of(
+        B_tiles = reg.load_states_by_step(
             B_ptr, stride_Bl, start, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
         )
     if not CONST_C:
-        C_tiles = _load_states_of(
+        C_tiles = reg.load_states_by_step(
             C_ptr, stride_Cl, start, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
         )
-    y_ptr += _row(start, seqlen, REVERSE) * stride_yl + offs_d
+    y_ptr += reg.row_of(start, seqlen, REVERSE) * stride_yl + offs_d
     for walked in range(0, length, STEPS):
         t0 = start + walked
         t1 = t0 + STEPS
-        us, deltas = dev.to_float32(u_rows), dev.to_float32(delta_rows)
-        u_rows = _load_rows(u_ptr, stride_ul, t1, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
-        delta_rows = _load_rows(
+        us, deltas = reg.to_float32(u_rows), reg.to_float32(delta_rows)
+        u_rows = reg.load_rows(u_ptr, stride_ul, t1, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+        delta_rows = reg.load_rows(
             delta_ptr, stride_deltal, t1, seqlen, offs_d, STEPS, EVEN_L, REVERSE
         )
         if z_ptr is not None:
-            zs = dev.to_float32(z_rows)
-            z_rows = _load_rows(z_ptr, stride_zl, t1, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+            zs = reg.to_float32(z_rows)
+            z_rows = reg.load_rows(z_ptr, stride_zl, t1, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
         if not CONST_B:
-            Bs = _times(B_tiles, LN2)
-            B_tiles = _load_states_of(
+            Bs = reg.times(B_tiles, LN2)
+            B_tiles = reg.load_states_by_step(
                 B_ptr, stride_Bl, t1, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
             )
         if not CONST_C:
-            Cs = _used_up(C_tiles)
-            C_tiles = _load_states_of(
+            Cs = reg.used_up(C_tiles)
+            C_tiles = reg.load_states_by_step(
                 C_ptr, stride_Cl, t1, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
             )
         # What waits for shared memory comes behind these loads, and keeps them from sinking
         if not CONST_B:
-            Bs = _share_out(Bs, SPLIT)
+            Bs = reg.share_out(Bs, SPLIT)
         if not CONST_C:
-            Cs = _share_out(Cs, SPLIT)
+            Cs = reg.share_out(Cs, SPLIT)
         ys = ()
         for i in tl.static_range(STEPS):
             if states_ptr is not None and i % KEEP == 0:
                 chunk = b * tl.cdiv(seqlen, KEEP) + (t0 + i) // KEEP
                 at = states_ptr + chunk * dim * dstate
                 in_seq = mask_d if EVEN_L else mask_d & (t0 + i < seqlen)
-                dev.store_states(at, h, offs_d, in_seq, dstate, BLOCK_N)
+                reg.store_states(at, h, offs_d, in_seq, dstate, BLOCK_N)
             u = us[i]
             if not CONST_B:
-                B_t = _step_of(Bs, i, dstate, BLOCK_N, SPLIT)
+                B_t = reg.of_step(Bs, i, dstate, BLOCK_N, SPLIT)
             if not CONST_C:
-                C_t = _step_of(Cs, i, dstate, BLOCK_N, SPLIT)
+                C_t = reg.of_step(Cs, i, dstate, BLOCK_N, SPLIT)
             dt = _step_size2(deltas[i], delta_bias2, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
             h = _next_state(h, A, B_t, dt, dt * u)
-            y = dev.dot_states(h, C_t, D * u)
+            y = reg.dot_states(h, C_t, D * u)
             if z_ptr is not None:
                 y *= dev.silu(zs[i])
             ys = ys + (y,)
         for i in tl.static_range(STEPS):
             mask = mask_d if EVEN_L else mask_d & (t0 + i < seqlen)
-            rest = _behind(i, t0, seqlen, True, REVERSE)
+            rest = reg.behind(i, t0, seqlen, True, REVERSE)
             dev.store(y_ptr + rest * stride_yl, ys[i], mask)
-        y_ptr += _behind(STEPS, t0, seqlen, True, REVERSE) * stride_yl
+        y_ptr += reg.behind(STEPS, t0, seqlen, True, REVERSE) * stride_yl
 
     last_state_ptr += b * dim * dstate
     if SPLIT > 1:
         mask_d = mask_d & (piece == SPLIT - 1)
-    dev.store_states(last_state_ptr, h, offs_d, mask_d, dstate, BLOCK_N)
+    reg.store_states(last_state_ptr, h, offs_d, mask_d, dstate, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=GENERIC)
@@ -508,67 +387,67 @@ def _scan_bwd_kernel(
     if z_ptr is not None:
         z_ptr += b * seqlen * stride_zl
         dz_ptr += b * seqlen * dim
-    A = dev.load_states(A_ptr, offs_d, dstate, BLOCK_N)
+    A = reg.load_states(A_ptr, offs_d, dstate, BLOCK_N)
     if CONST_B:
-        B_t = dev.load_states(B_ptr, offs_d, dstate, BLOCK_N)
+        B_t = reg.load_states(B_ptr, offs_d, dstate, BLOCK_N)
     else:
         B_ptr += b * seqlen * stride_Bl + group * stride_Bg
     if CONST_C:
-        C_t = dev.load_states(C_ptr, offs_d, dstate, BLOCK_N)
+        C_t = reg.load_states(C_ptr, offs_d, dstate, BLOCK_N)
     else:
         C_ptr += b * seqlen * stride_Cl + group * stride_Cg
-    D = dev.load_vector(D_ptr, offs_d)
-    delta_bias = dev.load_vector(delta_bias_ptr, offs_d)
+    D = reg.load_vector(D_ptr, offs_d)
+    delta_bias = reg.load_vector(delta_bias_ptr, offs_d)
     # Above step t, g is what the later steps leave of dL/dh_t: exp(dt_{t+1} A) g_{t+1}
-    g = dev.load_first(dlast_state_ptr, b, A, offs_d, dim, dstate, BLOCK_N)
-    dA, dB_sum, dC_sum = dev.zeros(A), dev.zeros(A), dev.zeros(A)
+    g = reg.load_first(dlast_state_ptr, b, A, offs_d, dim, dstate, BLOCK_N)
+    dA, dB_sum, dC_sum = reg.zeros(A), reg.zeros(A), reg.zeros(A)
     dD, ddelta_bias = tl.zeros_like(D), tl.zeros_like(D)
 
     t0 = (chunks - 1) * STEPS
-    u_rows = _load_rows(u_ptr, stride_ul, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
-    delta_rows = _load_rows(delta_ptr, stride_deltal, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
-    dy_rows = _load_rows(dy_ptr, stride_dyl, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+    u_rows = reg.load_rows(u_ptr, stride_ul, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+    delta_rows = reg.load_rows(delta_ptr, stride_deltal, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+    dy_rows = reg.load_rows(dy_ptr, stride_dyl, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
     if z_ptr is not None:
-        z_rows = _load_rows(z_ptr, stride_zl, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+        z_rows = reg.load_rows(z_ptr, stride_zl, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
     if not CONST_B:
-        B_tiles = _load_states_of(
+        B_tiles = reg.load_states_by_step(
             B_ptr, stride_Bl, t0, seqlen, offs_d, dstate, BLOCK_N, STEPS, 1, REVERSE
         )
     if not CONST_C:
-        C_tiles = _load_states_of(
+        C_tiles = reg.load_states_by_step(
             C_ptr, stride_Cl, t0, seqlen, offs_d, dstate, BLOCK_N, STEPS, 1, REVERSE
         )
     last = states_ptr + tl.cast(chunks - 1, tl.int64) * dim * dstate
-    kept = dev.load_states(last, offs_d, dstate, BLOCK_N)
+    kept = reg.load_states(last, offs_d, dstate, BLOCK_N)
     for k in range(chunks):
         t0 = (chunks - 1 - k) * STEPS
-        first = _row(t0, seqlen, REVERSE)
+        first = reg.row_of(t0, seqlen, REVERSE)
         before = tl.maximum(t0 - STEPS, 0)
-        h = _used_up(kept)
+        h = reg.used_up(kept)
         at = states_ptr + tl.cast(before // STEPS, tl.int64) * dim * dstate
-        kept = dev.load_states(at, offs_d, dstate, BLOCK_N)
+        kept = reg.load_states(at, offs_d, dstate, BLOCK_N)
         if not CONST_B:
-            Bs = _share_out(B_tiles, 1)
-            B_tiles = _load_states_of(
+            Bs = reg.share_out(B_tiles, 1)
+            B_tiles = reg.load_states_by_step(
                 B_ptr, stride_Bl, before, seqlen, offs_d, dstate, BLOCK_N, STEPS, 1, REVERSE
             )
         if not CONST_C:
-            Cs = _share_out(C_tiles, 1)
-            C_tiles = _load_states_of(
+            Cs = reg.share_out(C_tiles, 1)
+            C_tiles = reg.load_states_by_step(
                 C_ptr, stride_Cl, before, seqlen, offs_d, dstate, BLOCK_N, STEPS, 1, REVERSE
             )
-        us, deltas = dev.to_float32(u_rows), dev.to_float32(delta_rows)
-        dys = dev.to_float32(dy_rows)
+        us, deltas = reg.to_float32(u_rows), reg.to_float32(delta_rows)
+        dys = reg.to_float32(dy_rows)
         if not EVEN_D:
-            us, dys = _only(us, mask_d), _only(dys, mask_d)
-        u_rows = _load_rows(u_ptr, stride_ul, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
-        delta_rows = _load_rows(
+            us, dys = reg.only(us, mask_d), reg.only(dys, mask_d)
+        u_rows = reg.load_rows(u_ptr, stride_ul, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+        delta_rows = reg.load_rows(
             delta_ptr, stride_deltal, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE
         )
-        dy_rows = _load_rows(dy_ptr, stride_dyl, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+        dy_rows = reg.load_rows(dy_ptr, stride_dyl, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
         if z_ptr is not None:
-            zs = dev.to_float32(z_rows)
-            z_rows = _load_rows(z_ptr, stride_zl, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+            zs = reg.to_float32(z_rows)
+            z_rows = reg.load_rows(z_ptr, stride_zl, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
 
         # Forward again: dt_t and p_t of the chunk
         dts, ps = (), ()
@@ -577,7 +456,7 @@ def _scan_bwd_kernel(
             dts = dts + (dt,)
             dtu, dt = (dt * us[i])[:, None], (dt * LOG2E)[:, None]
             if not CONST_B:
-                B_t = _step_of(Bs, i, dstate, BLOCK_N, 1)
+                B_t = reg.of_step(Bs, i, dstate, BLOCK_N, 1)
             p, h_next_t = (), ()
             for r in tl.static_range(len(A)):
                 p = p + (tl.exp2(dt * A[r]) * h[r],)
@@ -588,9 +467,9 @@ def _scan_bwd_kernel(
         sums, dus, ddeltas, dzs = (), (), (), ()
         for i in tl.static_range(STEPS - 1, -1, -1):
             if not CONST_B:
-                B_t = _step_of(Bs, i, dstate, BLOCK_N, 1)
+                B_t = reg.of_step(Bs, i, dstate, BLOCK_N, 1)
             if not CONST_C:
-                C_t = _step_of(Cs, i, dstate, BLOCK_N, 1)
+                C_t = reg.of_step(Cs, i, dstate, BLOCK_N, 1)
             u, dy, p = us[i], dys[i], ps[i]
             if not EVEN_L:
                 dy = tl.where(t0 + i < seqlen, dy, 0.0)
@@ -602,7 +481,7 @@ def _scan_bwd_kernel(
                 h_t = h_t + (p[r] + dtu_n * B_t[r],)
             if z_ptr is not None:
                 z = zs[i]
-                y = dev.dot_states(h_t, C_t, D * u)
+                y = reg.dot_states(h_t, C_t, D * u)
                 dzs = (dy * y * dev.dsilu(z),) + dzs
                 dy *= dev.silu(z)
             dD += dy * u
@@ -615,9 +494,9 @@ def _scan_bwd_kernel(
                 dA_next = dA_next + (dA[r] + gp[r] * dt,)
                 g_next = g_next + (tl.exp2(dt * LOG2E * A[r]) * g_t[r],)
             g, dA = g_next, dA_next
-            gB = dev.dot_states(g_t, B_t, tl.zeros_like(u))
+            gB = reg.dot_states(g_t, B_t, tl.zeros_like(u))
             dus = (dts[i] * gB + D * dy,) + dus
-            ddelta = dev.dot_states(gp, A, gB * u)
+            ddelta = reg.dot_states(gp, A, gB * u)
             if DELTA_SOFTPLUS:
                 ddelta *= dev.dsoftplus(deltas[i] + delta_bias, dts[i])
             ddeltas = (ddelta,) + ddeltas
@@ -627,20 +506,20 @@ def _scan_bwd_kernel(
 
             # dB_t, dC_t: the sum over this program's channels; constant ones grow in registers
             if CONST_B:
-                dB_sum = dev.add_product(dB_sum, g_t, dtu_n)
+                dB_sum = reg.add_product(dB_sum, g_t, dtu_n)
             if CONST_C:
-                dC_sum = dev.add_product(dC_sum, h_t, dy_n)
+                dC_sum = reg.add_product(dC_sum, h_t, dy_n)
             if dBC_ptr is not None:
                 if BLOCK_D == 32:
-                    sums = dev.halve(g_t, dtu, h_t, dy, dstate, BLOCK_N) + sums
+                    sums = reg.halve(g_t, dtu, h_t, dy, dstate, BLOCK_N) + sums
                 else:
                     at = dBC_ptr + first * 2 * dstate
-                    at += _behind(i, t0, seqlen, True, REVERSE) * 2 * dstate
+                    at += reg.behind(i, t0, seqlen, True, REVERSE) * 2 * dstate
                     in_seq = t0 + i < seqlen
-                    dev.store_sums_of_step(at, g_t, dtu, h_t, dy, in_seq, dstate, BLOCK_N)
+                    reg.store_sums_of_step(at, g_t, dtu, h_t, dy, in_seq, dstate, BLOCK_N)
 
         for i in tl.static_range(STEPS):
-            at = first * dim + offs_d + _behind(i, t0, seqlen, True, REVERSE) * dim
+            at = first * dim + offs_d + reg.behind(i, t0, seqlen, True, REVERSE) * dim
             mask = mask_d
             if not EVEN_L:
                 mask = mask_d & (t0 + i < seqlen)
@@ -651,20 +530,20 @@ def _scan_bwd_kernel(
         if dBC_ptr is not None and BLOCK_D == 32:
             stride: tl.constexpr = -2 * dstate if REVERSE else 2 * dstate
             at = dBC_ptr + first * 2 * dstate
-            dev.store_sums(at, stride, sums, STEPS if EVEN_L else seqlen - t0, STEPS, dstate)
+            reg.store_sums(at, stride, sums, STEPS if EVEN_L else seqlen - t0, STEPS, dstate)
 
     entry = b * dim * dstate
     at = partial_ptr + b * dim * (dstate + 2)
-    dev.store_states(at, dA, offs_d, mask_d, dstate, BLOCK_N)
+    reg.store_states(at, dA, offs_d, mask_d, dstate, BLOCK_N)
     tl.store(at + dim * dstate + offs_d, dD, mask=mask_d)
     tl.store(at + dim * (dstate + 1) + offs_d, ddelta_bias, mask=mask_d)
     if CONST_B:
-        dev.store_states(dB_ptr + entry, dB_sum, offs_d, mask_d, dstate, BLOCK_N)
+        reg.store_states(dB_ptr + entry, dB_sum, offs_d, mask_d, dstate, BLOCK_N)
     if CONST_C:
-        dev.store_states(dC_ptr + entry, dC_sum, offs_d, mask_d, dstate, BLOCK_N)
+        reg.store_states(dC_ptr + entry, dC_sum, offs_d, mask_d, dstate, BLOCK_N)
     if dinitial_state_ptr is not None:
         dinitial_state_ptr += entry
-        dev.store_states(dinitial_state_ptr, g, offs_d, mask_d, dstate, BLOCK_N)
+        reg.store_states(dinitial_state_ptr, g, offs_d, mask_d, dstate, BLOCK_N)
 
 
 def _by_step(B, seqlen):

@@ -223,7 +223,7 @@ class OptimizedMambaVision(nn.Module):
     """
 
     def __init__(
-        self, model: Any, classifier: nn.Linear | None, compile: bool, cuda_graph: bool
+        self, model: Any, classifier: nn.Linear | None, compile: bool | str, cuda_graph: bool
     ):
         super().__init__()
         self.model, self.classifier = model, classifier
@@ -245,7 +245,8 @@ class OptimizedMambaVision(nn.Module):
         if not self.compiled:
             return self.model.forward_stages(x)
         if self._compiled is None:
-            self._compiled = torch.compile(self.model.forward_stages, dynamic=False)
+            mode = self.compiled if isinstance(self.compiled, str) else None
+            self._compiled = torch.compile(self.model.forward_stages, dynamic=False, mode=mode)
         return self._compiled(x)
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -314,12 +315,24 @@ class OptimizedMambaVision(nn.Module):
         return {**super().__getstate__(), "_compiled": None, "_graphs": None}
 
 
+def _check_mode(op: str, mode: str, cuda_graph: bool) -> None:
+    known = torch._inductor.list_mode_options()
+    if mode not in known:
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"{op}: compile must be True, False or one of {names}, got {mode!r}")
+    if cuda_graph and known[mode].get("triton.cudagraphs"):
+        raise ValueError(
+            f"{op}: compile={mode!r} makes CUDA graphs itself, and cuda_graph=True others; use "
+            "compile='max-autotune-no-cudagraphs' with it, or leave cuda_graph out"
+        )
+
+
 @torch.no_grad()
 def optimize_for_inference(
     model: Any,
     dtype: torch.dtype | None = None,
     *,
-    compile: bool = False,
+    compile: bool | str = False,
     cuda_graph: bool = False,
 ) -> OptimizedMambaVision:
     """A copy of a model in evaluation mode that computes the same with fewer operations.
@@ -331,12 +344,14 @@ def optimize_for_inference(
     as it was and shares no memory with the copy. On a CPU convolutions and linear layers, but for
     the head, keep a second, reordered weight once they ran.
 
-    `compile` passes stem and stages through torch.compile, anew for each input shape. `cuda_graph`
-    captures one CUDA graph per input shape, for logits, and keeps it with its memory. Both are for
-    a few fixed shapes; together, on a GPU, they are fastest.
+    `compile` passes stem and stages through torch.compile, anew for each input shape; a string is
+    its mode, "max-autotune-no-cudagraphs" the one that tries several ways to multiply, for minutes.
+    `cuda_graph` captures one CUDA graph per input shape, for logits, and keeps it with its memory.
+    Both are for a few fixed shapes; together, on a GPU, they are fastest.
 
     Raises RuntimeError for a model in training mode and for CUDA graphs of a model that is not on a
-    CUDA device, TypeError for what is no MambaVision and for a dtype that is not floating-point.
+    CUDA device, ValueError for a mode that torch.compile lacks or that makes CUDA graphs beside
+    `cuda_graph`, TypeError for what is no MambaVision and for a dtype that is not floating-point.
 
     >>> fast = optimize_for_inference(model.eval(), torch.bfloat16)  # doctest: +SKIP
     >>> logits = fast(images.bfloat16())  # doctest: +SKIP
@@ -358,6 +373,9 @@ def optimize_for_inference(
         raise RuntimeError(
             f"{op}: cuda_graph=True needs a model on a CUDA device, got {like.device}"
         )
+
+    if isinstance(compile, str):
+        _check_mode(op, compile, cuda_graph)
 
     wide = torch.promote_types(torch.promote_types(dtype, like.dtype), torch.float32)
     model = copy.deepcopy(model).to(wide)

@@ -243,7 +243,11 @@ class MambaVision(nn.Module):
     # Inference
 
     def optimize_for_inference(
-        self, dtype: torch.dtype | None = None, *, compile: bool = False, cuda_graph: bool = False
+        self,
+        dtype: torch.dtype | None = None,
+        *,
+        compile: bool | str = False,
+        cuda_graph: bool = False,
     ) -> OptimizedMambaVision:
         """A copy in evaluation mode that computes the same with fewer operations, in `dtype`.
 

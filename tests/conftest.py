@@ -5,6 +5,7 @@ here, before any test module imports one.
 """
 
 import os
+import signal
 from functools import wraps
 
 import pytest
@@ -15,6 +16,10 @@ HAS_GPU = torch.cuda.is_available()
 
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell ignores Ctrl-C for what it runs in the background, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Parallel workers share the cores, and so do the processes that their tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:

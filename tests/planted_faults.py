@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCAN, CONV, MIXER, DEVICE = "selective_scan", "conv1d_silu", "mixer", "_device"
+SCAN, CONV, MIXER = "selective_scan", "conv1d_silu", "mixer"
+DEVICE, REGISTERS = "_device", "_registers"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Fault:
 
 FAULTS = [
     Fault(
-        "sign of dC", SCAN, "dev.halve(g_t, dtu, h_t, dy,", "dev.halve(g_t, dtu, h_t, -dy,",
+        "sign of dC", SCAN, "reg.halve(g_t, dtu, h_t, dy,", "reg.halve(g_t, dtu, h_t, -dy,",
         "selective_scan.py::test_float32[two-blocks-and-a-mask]", "dC",
     ),
     Fault(
@@ -66,8 +67,8 @@ FAULTS = [
         "selective_scan.py::test_float32[groups]", "dB",
     ),
     Fault(
-        "B and C swapped", SCAN, 
-        "y = dev.dot_states(h, C_t, D * u)", "y = dev.dot_states(h, B_t, D * u)",
+        "B and C swapped", SCAN,
+        "y = reg.dot_states(h, C_t, D * u)", "y = reg.dot_states(h, B_t, D * u)",
         "selective_scan.py::test_float32[one-full-block]", "y",
     ),
     Fault(
@@ -82,7 +83,7 @@ FAULTS = [
     ),
     Fault(
         "first piece begins without the initial state", SCAN,
-        "_only(h, (piece == 0)[:, None])", "_only(h, (piece < 0)[:, None])",
+        "reg.only(h, (piece == 0)[:, None])", "reg.only(h, (piece < 0)[:, None])",
         "selective_scan.py::test_without_gradients[8-initial-state]", "y",
     ),
     Fault(
@@ -104,7 +105,7 @@ FAULTS = [
     ),
     Fault(
         "gradient of the last state ignored", SCAN,
-        "g = dev.load_first(dlast_state_ptr,", "g = dev.load_first(None,",
+        "g = reg.load_first(dlast_state_ptr,", "g = reg.load_first(None,",
         "selective_scan.py::test_float32[one-full-block]", "du",
     ),
     Fault(
@@ -113,7 +114,7 @@ FAULTS = [
         "selective_scan.py::test_float32[const-B]", "dB",
     ),
     Fault(
-        "reverse ignored", SCAN, "row = seqlen - 1 - row", "row = seqlen - 1 - 0 * row",
+        "reverse ignored", REGISTERS, "row = seqlen - 1 - row", "row = seqlen - 1 - 0 * row",
         "selective_scan.py::test_float32[reverse]", "y",
     ),
     Fault(
@@ -121,18 +122,18 @@ FAULTS = [
         "selective_scan.py::test_without_gradients[1-length-196]", "y",
     ),
     Fault(
-        "registers of a step mixed up", SCAN,
+        "registers of a step mixed up", REGISTERS,
         "rows[i * triton.next_power_of_2(R) + r][None, :]",
         "rows[i * triton.next_power_of_2(R) + R - 1 - r][None, :]",
         "selective_scan.py::test_float32[one-full-block]", "y",
     ),
     Fault(
-        "halves of a tile in the wrong order", DEVICE,
+        "halves of a tile in the wrong order", REGISTERS,
         "(2, 2, 2, WIDTH)), (3, 2, 1, 0)", "(2, 2, 2, WIDTH)), (3, 0, 1, 2)",
         "selective_scan.py::test_float32[one-full-block]", "y",
     ),
     Fault(
-        "initial state of the first entry for all", DEVICE,
+        "initial state of the first entry for all", REGISTERS,
         "load_states(ptr + b * dim * dstate,", "load_states(ptr + 0 * b,",
         "selective_scan.py::test_float32[initial-state]", "y",
     ),
@@ -141,13 +142,13 @@ FAULTS = [
         "selective_scan.py::test_float32[softplus-extremes]", "y",
     ),
     Fault(
-        "lanes exchange the wrong half", DEVICE,
+        "lanes exchange the wrong half", REGISTERS,
         "(tl.where(upper, high, low) + received,)", "(tl.where(upper, low, high) + received,)",
         "selective_scan.py::test_float32[one-full-block]", "dB",
     ),
     Fault(
-        "wide states not masked", SCAN,
-        "tl.load(at, mask=offs_n < dstate, other=0.0)", "tl.load(at, mask=offs_n >= 0, other=0.0)",
+        "wide states not masked", REGISTERS,
+        "tile = tl.load(at, mask=offs_n < dstate,", "tile = tl.load(at, mask=offs_n >= 0,",
         "selective_scan.py::test_float32[dstate-17]", "y",
     ),
     Fault(

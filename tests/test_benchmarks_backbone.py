@@ -364,7 +364,8 @@ def test_rows_of_a_whole_model(small_models, tmp_path, capsys):
     found = row_tools.read([rows_file])
     assert len(found) == len(planned) + 4
     ours = {r["setting"]: r for r in found if r["provider"] == "torch"}
-    for setting in ("optimized, CUDA graph", "optimized, compiled, CUDA graph"):
+    for how in ("", "compiled, ", "autotuned, "):
+        setting = f"optimized, {how}CUDA graph"
         assert ours.pop(setting)["reason"] == "CUDA graphs need a GPU"
     assert {"nchw", "channels_last", "optimized"} <= ours.keys()
     assert all(r["status"] == "ok" and r["images_per_s"][0] > 0 for r in ours.values())

@@ -1,11 +1,13 @@
 """What Python does for one eager call of the mixer on the Triton path, launches left out.
 
-Times are the thread's own, so that other programs' turns do not count, and the least of many; those
-of a baseline are taken in turns with them. On a core that needs longer than USUAL for an autograd
+The forward pass and a launch are timed, the backward pass's calls of functions are counted. Times
+are the thread's own, so that other programs' turns do not count, and the least of many; those of a
+baseline are taken in turns with them. On a core that needs longer than USUAL for an autograd
 function with the forward pass's allocations, all may take longer in proportion.
 """
 
 import importlib
+import sys
 import time
 from functools import partial
 
@@ -24,8 +26,10 @@ device = importlib.import_module("mambavision.kernels._device")
 
 # Microseconds of an autograd function that does nothing but the same allocations
 USUAL = 10.0
-# Above it; as much above the backward pass's allocations and library calls; for one launch
-FORWARD, BACKWARD, LAUNCH = 15.0, 50.0, 5.0
+# Above it; for one launch
+FORWARD, LAUNCH = 15.0, 5.0
+# Functions that a backward pass calls: ours, allocations, views, sums, products, sizes
+BACKWARD = 155
 
 
 class Allocations(torch.autograd.Function):
@@ -46,20 +50,15 @@ class Allocations(torch.autograd.Function):
         raise NotImplementedError
 
 
-def allocations_and_library(xz, dt_rank, dstate):
-    """What the backward pass allocates, sums and multiplies."""
-    batch, seqlen, columns = xz.shape
-    dim, rows = columns // 2, batch * seqlen
-    x, y, delta, du, ddelta = (xz.new_empty(rows, dim) for _ in range(5))
-    xz.new_empty(batch, dim, dstate)
-    xz.new_empty(batch, seqlen // 4, dim, dstate)
-    xz.new_empty(batch, seqlen, columns)
-    low, dw = xz.new_empty(rows, dt_rank), xz.new_empty(rows, dt_rank + 2 * dstate)
-    xz.new_empty(batch, dim * (dstate + 2)).sum(0)
-    xz.new_empty(1, batch, seqlen, 2 * dstate).sum(0)
-    xz.new_empty(2, 2, dim, 4).sum(0)
-    torch.mm(dw.t(), x, out=xz.new_empty(dt_rank + 2 * dstate, dim))
-    torch.mm(ddelta.t(), low, out=xz.new_empty(dim, dt_rank))
+def calls_of(function):
+    """How many functions it calls, Python's and C's, methods of tensors included."""
+    seen = []
+    sys.setprofile(lambda frame, event, _: seen.append(event) if event.endswith("call") else None)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return len(seen)
 
 
 def fastest(*calls, repetitions=60, count=50):
@@ -72,6 +71,16 @@ def fastest(*calls, repetitions=60, count=50):
                 call()
             least[i] = min(least[i], (time.thread_time() - start) / count * 1e6)
     return least
+
+
+def assert_within(limit, *calls):
+    """The last call sets the pace. A disturbance of seconds is waited out."""
+    for _ in range(5):
+        *times, empty = fastest(*calls)
+        if limit(*times) <= max(1.0, empty / USUAL):
+            return
+        time.sleep(2)
+    raise AssertionError((*times, empty))
 
 
 @pytest.fixture(autouse=True)
@@ -99,11 +108,10 @@ def inputs():
 def test_eager_mixer(launched):
     given = inputs()
     values = tuple(given.values())
-    ours, bare = fastest(
-        lambda: ops.mixer(**given, backend="triton"), lambda: Allocations.apply(*values)
-    )
+    bare = partial(Allocations.apply, *values)
+    run = partial(ops.mixer, **given, backend="triton")
+    assert_within(lambda ours, bare: (ours - bare) / FORWARD, run, bare, bare)
     assert set(launched) == {"_project_kernel", "_scan_fwd_kernel"}  # the call was the whole call
-    assert ours - bare <= FORWARD * max(1.0, bare / USUAL), (ours, bare)
 
 
 def backward_pass():
@@ -115,17 +123,13 @@ def backward_pass():
 
 
 def test_backward_pass(launched):
-    values, run = backward_pass()
-    xz, dt_rank, dstate = values[0].detach(), values[4].shape[1], values[5].shape[1]
+    """In calls: what they take differs between processors by more than a mistake costs."""
+    _, run = backward_pass()
     launched.clear()
     with torch.no_grad():
-        ours, bare, empty = fastest(
-            run,
-            lambda: (torch.zeros_like(xz), allocations_and_library(xz, dt_rank, dstate)),
-            lambda: Allocations.apply(*values[:8]),
-        )
+        run()
+        assert calls_of(run) <= BACKWARD
     assert len(set(launched)) == 5
-    assert ours - bare <= BACKWARD * max(1.0, empty / USUAL), (ours, bare, empty)
 
 
 def test_library_calls_of_the_backward_pass(launched):
@@ -219,5 +223,6 @@ def test_launches_tell_codes_apart():
 def test_launch():
     asked = asked_of_launch()
     calls = [partial(device.launch, Kernel(real), *call) for real, *call in asked]
-    *ours, empty = fastest(*calls, partial(Allocations.apply, *inputs().values()))
-    assert max(ours) <= LAUNCH * max(1.0, empty / USUAL), (ours, empty)
+    assert_within(
+        lambda *ours: max(ours) / LAUNCH, *calls, partial(Allocations.apply, *inputs().values())
+    )

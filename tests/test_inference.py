@@ -266,10 +266,11 @@ def test_compiled_without_graph_breaks():
 
 
 @pytest.mark.slow
-def test_compile_passes_stem_and_stages_through_the_compiler():
+@pytest.mark.parametrize("compile", (True, "max-autotune-no-cudagraphs"), ids=str)
+def test_compile_passes_stem_and_stages_through_the_compiler(compile):
     model = small()
-    optimized = model.optimize_for_inference(compile=True)
-    seen = []
+    optimized = model.optimize_for_inference(compile=compile)
+    seen, modes = [], []
 
     def compiler(graph, inputs):
         seen.append(len(graph.graph.nodes))
@@ -277,7 +278,12 @@ def test_compile_passes_stem_and_stages_through_the_compiler():
 
     with pytest.MonkeyPatch.context() as patch:
         original = torch.compile
-        patch.setattr(torch, "compile", lambda f, **k: original(f, backend=compiler, **k))
+
+        def compile_plainly(function, mode, **options):
+            modes.append(mode)
+            return original(function, backend=compiler, **options)
+
+        patch.setattr(torch, "compile", compile_plainly)
         for x in (images(1, 3, 64, 64), images(2, 3, 50, 75)):
             for name, value in outputs(optimized, x).items():
                 expected = outputs(model, x)[name]
@@ -285,7 +291,8 @@ def test_compile_passes_stem_and_stages_through_the_compiler():
     # One graph for each shape, whichever method asks for it first
     assert len(seen) == 2 and min(seen) > 100
     again = pickle.loads(pickle.dumps(optimized))
-    assert again.compiled and again._compiled is None
+    assert again.compiled == compile and again._compiled is None
+    assert modes == [None if compile is True else compile]
 
 
 @pytest.mark.gpu
@@ -293,6 +300,8 @@ def test_compile_passes_stem_and_stages_through_the_compiler():
 @pytest.mark.parametrize("compile", (False, True), ids=("eager", "compiled"))
 def test_cuda_graphs(dtype, compile):
     model = small(layer_scale=0.5).cuda()
+    with pytest.raises(ValueError, match="CUDA graphs itself.*max-autotune-no-cudagraphs"):
+        model.optimize_for_inference(dtype, cuda_graph=True, compile="reduce-overhead")
     optimized = model.optimize_for_inference(dtype)
     graphed = model.optimize_for_inference(dtype, cuda_graph=True, compile=compile)
     for x in (images(2, 3, 64, 64), images(1, 3, 50, 75), images(2, 3, 64, 64) + 1):
@@ -316,6 +325,8 @@ def test_refuses_to_begin():
         part.optimize_for_inference()
     with pytest.raises(RuntimeError, match="CUDA device, got cpu"):
         model.optimize_for_inference(cuda_graph=True)
+    with pytest.raises(ValueError, match="'max-autotune'.*, got 'fastest'"):
+        model.optimize_for_inference(compile="fastest")
     with pytest.raises(TypeError, match=r"floating-point torch\.dtype, got torch.int8"):
         model.optimize_for_inference(torch.int8)
     with pytest.raises(TypeError, match="must be a MambaVision, got Linear"):

@@ -1,0 +1,325 @@
+"""A scan's registers: states, the rows that feed them, sums over channels.
+
+A state register is a tile (BLOCK_D, BLOCK_N), BLOCK_N states of each channel; the dstate states of
+a channel are a tuple of them. Rows of u, delta and z are tuples of (BLOCK_D,), one for each of the
+STEPS steps of an iteration; B and C are tiles of one value a lane, which shared memory spreads.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_vector(ptr, offs_d):
+    """(BLOCK_D,) of a (dim,) tensor, 0 where there is none."""
+    if ptr is None:
+        return tl.zeros(offs_d.shape, tl.float32)
+    else:
+        return tl.load(ptr + offs_d).to(tl.float32)
+
+
+@triton.jit
+def load_states(ptr, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The dstate values of each channel of a (dim, dstate) tensor, a tuple of state registers."""
+    return to_float32(load_alike(ptr + offs_d * dstate, offs_d, dstate, BLOCK_N))
+
+
+@triton.jit
+def load_alike(ptr, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dstate values from ptr on, a tuple of state registers in memory's dtype. For a row of B or C
+    every lane reads one address, up to 16 bytes at a time, and no value travels between lanes."""
+    values = ()
+    for r in tl.static_range((dstate + BLOCK_N - 1) // BLOCK_N):
+        offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        at = (ptr + offs_d * 0)[:, None] + offs_n
+        if dstate % BLOCK_N == 0:
+            values = values + (tl.load(at),)
+        else:
+            values = values + (tl.load(at, mask=offs_n < dstate, other=0.0),)
+    return values
+
+
+@triton.jit
+def load_first(ptr, b, like, offs_d, dim, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Entry b of a (batch, dim, dstate) tensor, or zeros where there is none."""
+    if ptr is None:
+        return zeros(like)
+    else:
+        return load_states(ptr + b * dim * dstate, offs_d, dstate, BLOCK_N)
+
+
+@triton.jit
+def store_states(ptr, values, offs_d, mask_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    for r in tl.static_range(len(values)):
+        offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        mask = mask_d[:, None] & (offs_n < dstate)
+        tl.store(ptr + offs_d[:, None] * dstate + offs_n, values[r], mask=mask)
+
+
+@triton.jit
+def zeros(like):
+    values = ()
+    for r in tl.static_range(len(like)):
+        values = values + (tl.zeros_like(like[r]),)
+    return values
+
+
+@triton.jit
+def to_float32(values):
+    wide = ()
+    for r in tl.static_range(len(values)):
+        wide = wide + (values[r].to(tl.float32),)
+    return wide
+
+
+@triton.jit
+def used_up(values):
+    """The values in other registers: loads into their own can begin at once, nothing waits for
+    these before the next iteration. 0 is added, which no compiler may leave out: -0 changes."""
+    copies = ()
+    for k in tl.static_range(len(values)):
+        copies = copies + (values[k] + 0.0,)
+    return copies
+
+
+@triton.jit
+def times(values, factor):
+    """The values times a factor; to loads as good as `used_up`."""
+    products = ()
+    for k in tl.static_range(len(values)):
+        products = products + (values[k] * factor,)
+    return products
+
+
+@triton.jit
+def only(values, mask):
+    """The values where the mask holds, 0 elsewhere."""
+    kept = ()
+    for k in tl.static_range(len(values)):
+        kept = kept + (tl.where(mask, values[k], 0.0),)
+    return kept
+
+
+@triton.jit
+def add_product(sums, values, factor):
+    grown = ()
+    for r in tl.static_range(len(sums)):
+        grown = grown + (sums[r] + values[r] * factor,)
+    return grown
+
+
+@triton.jit
+def row_of(t, seqlen, REVERSE: tl.constexpr):
+    """Where step t lies, 64 bits wide: with REVERSE the sequence is walked from its end, without a
+    flipped copy."""
+    row = tl.cast(t, tl.int64)
+    if REVERSE:
+        row = seqlen - 1 - row
+    return row
+
+
+@triton.jit
+def behind(i: tl.constexpr, t0, seqlen, EVEN_L: tl.constexpr, REVERSE: tl.constexpr):
+    """Rows from step t0 to step t0 + i, at most to the last step: a constant in full chunks."""
+    if EVEN_L:
+        rows = i
+    else:
+        rows = tl.minimum(i, seqlen - 1 - t0)
+    if REVERSE:
+        return -rows
+    else:
+        return rows
+
+
+@triton.jit
+def load_rows(
+    ptr, stride_l: tl.constexpr, t0, seqlen, offs_d, STEPS: tl.constexpr, EVEN_L: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    """STEPS rows of a (seqlen, dim) tensor from step t0 on, as memory holds them, and none outside
+    the sequence."""
+    t0 = tl.minimum(t0, seqlen - (STEPS if EVEN_L else 1))
+    at = ptr + row_of(t0, seqlen, REVERSE) * stride_l + offs_d
+    rows = ()
+    for i in tl.static_range(STEPS):
+        rows = rows + (tl.load(at + behind(i, t0, seqlen, EVEN_L, REVERSE) * stride_l),)
+    return rows
+
+
+@triton.jit
+def load_states_by_step(
+    ptr, stride_l: tl.constexpr, t0, seqlen, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """STEPS steps of B or C from t0 on, float32 while a lane has few values: tiles of one value a
+    lane, a row for each register of a step; or all registers, where each lane is at a step of its
+    own."""
+    EACH: tl.constexpr = triton.next_power_of_2(triton.cdiv(dstate, BLOCK_N))
+    values = ()
+    if SPLIT == 1:
+        ROWS: tl.constexpr = triton.next_power_of_2(STEPS) * EACH
+        TILE: tl.constexpr = min(ROWS, max(32 // BLOCK_N, 1))
+        for k in tl.static_range(ROWS // TILE):
+            row = k * TILE + tl.arange(0, TILE)
+            t = tl.minimum(t0 + row // EACH, seqlen - 1)
+            offs_n = (row % EACH)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            at = ptr + (row_of(t, seqlen, REVERSE) * stride_l)[:, None] + offs_n
+            if dstate == EACH * BLOCK_N:
+                tile = tl.load(at)
+            else:
+                tile = tl.load(at, mask=offs_n < dstate, other=0.0)
+            values = values + (tile.to(tl.float32),)
+    else:
+        for i in tl.static_range(STEPS):
+            row = row_of(tl.minimum(t0 + i, seqlen - 1), seqlen, REVERSE)
+            step = load_alike(ptr + row * stride_l, offs_d, dstate, BLOCK_N)
+            values = values + to_float32(step)
+    return values
+
+
+@triton.jit
+def share_out(tiles, SPLIT: tl.constexpr):
+    """Registers of all steps from `load_states_by_step`, the same for every channel."""
+    if SPLIT == 1:
+        rows = ()
+        for k in tl.static_range(len(tiles)):
+            rows = rows + rows_of_tile(tiles[k])
+        return rows
+    else:
+        return tiles
+
+
+@triton.jit
+def rows_of_tile(tile):
+    """The rows of a tile, a power of 2 of at most 16. A lane gets the column, or columns, that it
+    works on, through shared memory where it had loaded others."""
+    COUNT: tl.constexpr = tile.shape[0]
+    WIDTH: tl.constexpr = tile.shape[1]
+    # Bits of the row's number behind the column, the highest last: halves stay in order
+    if COUNT == 1:
+        parts = (tl.reshape(tile, (WIDTH,)),)
+    elif COUNT == 2:
+        parts = (tl.permute(tile, (1, 0)),)
+    elif COUNT == 4:
+        parts = (tl.permute(tl.reshape(tile, (2, 2, WIDTH)), (2, 1, 0)),)
+    elif COUNT == 8:
+        parts = (tl.permute(tl.reshape(tile, (2, 2, 2, WIDTH)), (3, 2, 1, 0)),)
+    else:
+        parts = (tl.permute(tl.reshape(tile, (2, 2, 2, 2, WIDTH)), (4, 3, 2, 1, 0)),)
+    for s in tl.static_range(4):
+        if 2 << s <= COUNT:
+            halves = ()
+            for k in tl.static_range(len(parts)):
+                halves = halves + tl.split(parts[k])
+            parts = halves
+    return parts
+
+
+@triton.jit
+def of_step(
+    rows, i: tl.constexpr, dstate: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr
+):
+    """The registers of step i."""
+    R: tl.constexpr = triton.cdiv(dstate, BLOCK_N)
+    values = ()
+    for r in tl.static_range(R):
+        if SPLIT == 1:
+            values = values + (rows[i * triton.next_power_of_2(R) + r][None, :],)
+        else:
+            values = values + (rows[i * R + r],)
+    return values
+
+
+@triton.jit
+def _across(x, BIT: tl.constexpr):
+    """What the lane across BIT holds of a (32,) tensor."""
+    return tl.gather(x, tl.arange(0, 32) ^ BIT, 0)
+
+
+@triton.jit
+def _columns(tile, BLOCK_N: tl.constexpr):
+    """The columns of a (BLOCK_D, BLOCK_N) state register, BLOCK_N 1, 2 or 4."""
+    BLOCK_D: tl.constexpr = tile.shape[0]
+    if BLOCK_N == 1:
+        return (tl.reshape(tile, (BLOCK_D,)),)
+    elif BLOCK_N == 2:
+        return tl.split(tile)
+    else:
+        even, odd = tl.split(tl.reshape(tile, (BLOCK_D, 2, 2)))
+        c0, c2 = tl.split(even)
+        c1, c3 = tl.split(odd)
+        return c0, c1, c2, c3
+
+
+@triton.jit
+def dot_states(a, b, first):
+    """first + <a, b> over the states of each channel, (BLOCK_D,)."""
+    if a[0].shape[0] >= 32:
+        # A lane holds whole channels: a chain of fused multiply-adds
+        for r in tl.static_range(len(a)):
+            a_r = _columns(a[r], a[r].shape[1])
+            b_r = _columns(tl.broadcast_to(b[r], a[r].shape), a[r].shape[1])
+            for n in tl.static_range(a[r].shape[1]):
+                first += a_r[n] * b_r[n]
+        return first
+    else:
+        products = a[0] * b[0]
+        for r in tl.static_range(1, len(a)):
+            products += a[r] * b[r]
+        return first + tl.sum(products, axis=1)
+
+
+@triton.jit
+def halve(a, x, b, y, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first of five steps of summing a x and b y over the channels of a warp, a and b dstate
+    values of each channel, x and y (32,): the lower lanes go on with a x, the upper ones with b y.
+    """
+    upper = tl.arange(0, 32) >= 16
+    kept, sent = tl.where(upper, y, x), tl.where(upper, x, y)
+    values = ()
+    for r in tl.static_range(len(a)):
+        a_r, b_r = _columns(a[r], BLOCK_N), _columns(b[r], BLOCK_N)
+        for n in tl.static_range(BLOCK_N):
+            if r * BLOCK_N + n < triton.next_power_of_2(dstate):
+                received = _across(tl.where(upper, a_r[n], b_r[n]) * sent, 16)
+                values = values + (tl.where(upper, b_r[n], a_r[n]) * kept + received,)
+    for _ in tl.static_range(triton.next_power_of_2(dstate) - len(a) * BLOCK_N):
+        values = values + (tl.zeros_like(x),)
+    return values
+
+
+@triton.jit
+def store_sums(ptr, stride: tl.constexpr, values, steps, STEPS: tl.constexpr, dstate: tl.constexpr):
+    """The other four: sums over each half of the lanes of what `halve` left of STEPS steps, all at
+    once. Rows begin at ptr, a stride apart; those from `steps` on are not stored."""
+    lanes = tl.arange(0, 32)
+    for s in tl.static_range(4):
+        if len(values) > 1:
+            upper = (lanes & (8 >> s)) != 0
+            halved = ()
+            for r in tl.static_range(len(values) // 2):
+                low, high = values[r], values[r + len(values) // 2]
+                received = _across(tl.where(upper, low, high), 8 >> s)
+                halved = halved + (tl.where(upper, high, low) + received,)
+            values = halved
+        else:
+            values = (values[0] + _across(values[0], 8 >> s),)
+    V: tl.constexpr = triton.next_power_of_2(dstate)
+    for r in tl.static_range(len(values)):
+        # Of STEPS V values, lane l of a half holds those from l STEPS V / 16 on
+        index = lanes % 16 * (STEPS * V) // 16 + r
+        step, n = index // V, index % V
+        mask = (lanes % 16 * (STEPS * V) % 16 == 0) & (n < dstate) & (step < steps)
+        tl.store(ptr + step * stride + lanes // 16 * dstate + n, values[r], mask=mask)
+
+
+@triton.jit
+def store_sums_of_step(
+    ptr, a, x, b, y, mask, dstate: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Sums over channels of a x and, behind them, of b y, where states lie over lanes."""
+    for r in tl.static_range(len(a)):
+        n = r * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = (n < dstate) & mask
+        tl.store(ptr + n, tl.sum(a[r] * x[:, None], axis=0), mask=mask_n)
+        tl.store(ptr + dstate + n, tl.sum(b[r] * y[:, None], axis=0), mask=mask_n)
