@@ -24,21 +24,23 @@ from providers import PROVIDERS, Provider
 scan = import_module("mambavision.kernels.selective_scan")
 SHIPPED = scan.FORWARD
 
-# STEPS, BLOCK_D, BLOCK_N, SPLIT
+# STEPS, BLOCK_D, BLOCK_N, LANES, SPLIT
 CONFIGS = (
-    ((8, 7), 32, 4, 1),
-    ((4,), 32, 4, 1),
-    ((8, 7), 16, 8, 1),
-    ((8, 7), 8, 8, 1),
-    ((7, 4), 32, 4, 4),
-    ((7, 4), 32, 4, 8),
-    ((7, 4), 32, 4, 16),
+    ((8, 7), 32, 4, 1, 1),
+    ((8, 7), 32, 4, 2, 1),
+    ((4,), 32, 4, 2, 1),
+    ((8, 7), 64, 4, 1, 1),
+    ((4,), 64, 4, 1, 1),
+    ((7, 4), 32, 4, 2, 4),
+    ((7, 4), 32, 4, 2, 8),
+    ((7, 4), 32, 4, 2, 16),
 )
 
 
 def name_of(config: tuple) -> str:
-    steps, block_d, block_n, split = config
-    return f"{' or '.join(map(str, steps))} steps, {block_d}x{block_n}, {split} pieces"
+    steps, block_d, block_n, lanes, split = config
+    shape = f"{block_d}x{block_n}, {lanes} lanes, {split} pieces"
+    return f"{' or '.join(map(str, steps))} steps, {shape}"
 
 
 def _with(table: tuple, make, problem: Problem) -> Call:

@@ -1,8 +1,14 @@
 """A scan's registers: states, the rows that feed them, sums over channels.
 
-A state register is a tile (BLOCK_D, BLOCK_N), BLOCK_N states of each channel; the dstate states of
-a channel are a tuple of them. Rows of u, delta and z are tuples of (BLOCK_D,), one for each of the
-STEPS steps of an iteration; B and C are tiles of one value a lane, which shared memory spreads.
+A state register is a tile (BLOCK_D, BLOCK_N), BLOCK_N states of a channel in each row. With LANES =
+1 a row's registers are the dstate states of the channel that the row owns. With LANES = 2 rows 2 k
+and 2 k + 1, lanes next to each other, share their two channels: either has one half of the states,
+of its own channel in the first half of the registers, of its neighbour's in the second. Both halves
+meet the same values of B and C, so a lane reads half as many, and sums over channels begin inside
+it; what is one number per channel, such as dt, the two lanes exchange (`of_both`).
+
+Rows of u, delta and z are tuples of (BLOCK_D,), one for each of the STEPS steps of an iteration; B
+and C are tiles of one value a lane, which shared memory spreads.
 """
 
 import triton
@@ -19,19 +25,52 @@ def load_vector(ptr, offs_d):
 
 
 @triton.jit
-def load_states(ptr, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The dstate values of each channel of a (dim, dstate) tensor, a tuple of state registers."""
-    return to_float32(load_alike(ptr + offs_d * dstate, offs_d, dstate, BLOCK_N))
+def _across(x, BIT: tl.constexpr):
+    """What the lane across BIT holds of a (32,) tensor."""
+    return tl.gather(x, tl.arange(0, 32) ^ BIT, 0)
 
 
 @triton.jit
-def load_alike(ptr, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dstate values from ptr on, a tuple of state registers in memory's dtype. For a row of B or C
-    every lane reads one address, up to 16 bytes at a time, and no value travels between lanes."""
+def of_both(x, LANES: tl.constexpr):
+    """x of the channels whose states a lane has: its own and, with LANES = 2, its neighbour's."""
+    if LANES == 1:
+        return (x,)
+    else:
+        return x, _across(x, 1)
+
+
+@triton.jit
+def _states_of(
+    r: tl.constexpr, BLOCK_D: tl.constexpr, dstate: tl.constexpr, BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Which states a channel's register r holds, (1 or BLOCK_D, BLOCK_N)."""
+    offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    if LANES == 1:
+        return offs_n
+    else:
+        return (tl.arange(0, BLOCK_D) % LANES * (dstate // LANES))[:, None] + offs_n
+
+
+@triton.jit
+def load_states(ptr, offs, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The dstate values of each channel of a (dim, dstate) tensor, a tuple of state registers."""
     values = ()
-    for r in tl.static_range((dstate + BLOCK_N - 1) // BLOCK_N):
-        offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        at = (ptr + offs_d * 0)[:, None] + offs_n
+    for c in tl.static_range(len(offs)):
+        values = values + load_alike(ptr + offs[c] * dstate, offs, dstate, BLOCK_N)
+    return to_float32(values)
+
+
+@triton.jit
+def load_alike(ptr, offs, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dstate values from ptr on, a channel's registers, in memory's dtype. For a row of B or C all
+    lanes read the same addresses, up to 16 bytes at a time, and no value travels between lanes."""
+    LANES: tl.constexpr = len(offs)
+    BLOCK_D: tl.constexpr = offs[0].shape[0]
+    values = ()
+    for r in tl.static_range((dstate + BLOCK_N - 1) // BLOCK_N // LANES):
+        offs_n = _states_of(r, BLOCK_D, dstate, BLOCK_N, LANES)
+        at = (ptr + offs[0] * 0)[:, None] + offs_n
         if dstate % BLOCK_N == 0:
             values = values + (tl.load(at),)
         else:
@@ -40,19 +79,21 @@ def load_alike(ptr, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_first(ptr, b, like, offs_d, dim, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+def load_first(ptr, b, like, offs, dim, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
     """Entry b of a (batch, dim, dstate) tensor, or zeros where there is none."""
     if ptr is None:
         return zeros(like)
     else:
-        return load_states(ptr + b * dim * dstate, offs_d, dstate, BLOCK_N)
+        return load_states(ptr + b * dim * dstate, offs, dstate, BLOCK_N)
 
 
 @triton.jit
-def store_states(ptr, values, offs_d, mask_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+def store_states(ptr, values, offs, masks, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
+    EACH: tl.constexpr = len(values) // len(offs)
     for r in tl.static_range(len(values)):
-        offs_n = r * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        mask = mask_d[:, None] & (offs_n < dstate)
+        offs_d = offs[r // EACH]
+        offs_n = _states_of(r % EACH, offs_d.shape[0], dstate, BLOCK_N, len(offs))
+        mask = masks[r // EACH][:, None] & (offs_n < dstate)
         tl.store(ptr + offs_d[:, None] * dstate + offs_n, values[r], mask=mask)
 
 
@@ -101,10 +142,12 @@ def only(values, mask):
 
 
 @triton.jit
-def add_product(sums, values, factor):
+def add_product(sums, values, factors):
+    """Sums and values of every state, a factor for each channel that a lane has states of."""
+    EACH: tl.constexpr = len(sums) // len(factors)
     grown = ()
     for r in tl.static_range(len(sums)):
-        grown = grown + (sums[r] + values[r] * factor,)
+        grown = grown + (sums[r] + values[r] * factors[r // EACH][:, None],)
     return grown
 
 
@@ -148,12 +191,13 @@ def load_rows(
 
 @triton.jit
 def load_states_by_step(
-    ptr, stride_l: tl.constexpr, t0, seqlen, offs_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr,
+    ptr, stride_l: tl.constexpr, t0, seqlen, offs, dstate: tl.constexpr, BLOCK_N: tl.constexpr,
     STEPS: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """STEPS steps of B or C from t0 on, float32 while a lane has few values: tiles of one value a
-    lane, a row for each register of a step; or all registers, where each lane is at a step of its
-    own."""
+    lane, LANES rows for each register of a step; or all registers, where each lane is at a step of
+    its own."""
+    LANES: tl.constexpr = len(offs)
     EACH: tl.constexpr = triton.next_power_of_2(triton.cdiv(dstate, BLOCK_N))
     values = ()
     if SPLIT == 1:
@@ -162,7 +206,9 @@ def load_states_by_step(
         for k in tl.static_range(ROWS // TILE):
             row = k * TILE + tl.arange(0, TILE)
             t = tl.minimum(t0 + row // EACH, seqlen - 1)
-            offs_n = (row % EACH)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            # Of each register first what even lanes take, then what odd ones take
+            part = row % LANES * (EACH // LANES) + row % EACH // LANES
+            offs_n = part[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
             at = ptr + (row_of(t, seqlen, REVERSE) * stride_l)[:, None] + offs_n
             if dstate == EACH * BLOCK_N:
                 tile = tl.load(at)
@@ -172,29 +218,29 @@ def load_states_by_step(
     else:
         for i in tl.static_range(STEPS):
             row = row_of(tl.minimum(t0 + i, seqlen - 1), seqlen, REVERSE)
-            step = load_alike(ptr + row * stride_l, offs_d, dstate, BLOCK_N)
+            step = load_alike(ptr + row * stride_l, offs, dstate, BLOCK_N)
             values = values + to_float32(step)
     return values
 
 
 @triton.jit
-def share_out(tiles, SPLIT: tl.constexpr):
+def share_out(tiles, SPLIT: tl.constexpr, LANES: tl.constexpr):
     """Registers of all steps from `load_states_by_step`, the same for every channel."""
     if SPLIT == 1:
         rows = ()
         for k in tl.static_range(len(tiles)):
-            rows = rows + rows_of_tile(tiles[k])
+            rows = rows + rows_of_tile(tiles[k], LANES)
         return rows
     else:
         return tiles
 
 
 @triton.jit
-def rows_of_tile(tile):
-    """The rows of a tile, a power of 2 of at most 16. A lane gets the column, or columns, that it
-    works on, through shared memory where it had loaded others."""
-    COUNT: tl.constexpr = tile.shape[0]
-    WIDTH: tl.constexpr = tile.shape[1]
+def rows_of_tile(tile, LANES: tl.constexpr):
+    """The rows of a tile, LANES at a time, a power of 2 of at most 16 times. A lane gets the
+    columns that it works on, through shared memory where it had loaded others."""
+    COUNT: tl.constexpr = tile.shape[0] // LANES
+    WIDTH: tl.constexpr = tile.shape[1] * LANES
     # Bits of the row's number behind the column, the highest last: halves stay in order
     if COUNT == 1:
         parts = (tl.reshape(tile, (WIDTH,)),)
@@ -217,23 +263,24 @@ def rows_of_tile(tile):
 
 @triton.jit
 def of_step(
-    rows, i: tl.constexpr, dstate: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr
-):
-    """The registers of step i."""
-    R: tl.constexpr = triton.cdiv(dstate, BLOCK_N)
+    rows, i: tl.constexpr, dstate: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The registers of step i, those of one channel."""
+    R: tl.constexpr = triton.cdiv(dstate, BLOCK_N) // LANES
     values = ()
     for r in tl.static_range(R):
         if SPLIT == 1:
-            values = values + (rows[i * triton.next_power_of_2(R) + r][None, :],)
+            row = rows[i * triton.next_power_of_2(R) + r]
+            if LANES == 1:
+                values = values + (row[None, :],)
+            else:
+                for_pair = tl.reshape(row, (1, LANES, BLOCK_N))
+                for_all = tl.broadcast_to(for_pair, (32 // LANES, LANES, BLOCK_N))
+                values = values + (tl.reshape(for_all, (32, BLOCK_N)),)
         else:
             values = values + (rows[i * R + r],)
     return values
-
-
-@triton.jit
-def _across(x, BIT: tl.constexpr):
-    """What the lane across BIT holds of a (32,) tensor."""
-    return tl.gather(x, tl.arange(0, 32) ^ BIT, 0)
 
 
 @triton.jit
@@ -252,16 +299,27 @@ def _columns(tile, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def dot_states(a, b, first):
-    """first + <a, b> over the states of each channel, (BLOCK_D,)."""
+def dot_states(a, b, first, LANES: tl.constexpr):
+    """first + <a, b> over the states of each channel, (BLOCK_D,); b may be that of one channel for
+    all, `of_step`."""
+    BLOCK_N: tl.constexpr = a[0].shape[1]
     if a[0].shape[0] >= 32:
-        # A lane holds whole channels: a chain of fused multiply-adds
-        for r in tl.static_range(len(a)):
-            a_r = _columns(a[r], a[r].shape[1])
-            b_r = _columns(tl.broadcast_to(b[r], a[r].shape), a[r].shape[1])
-            for n in tl.static_range(a[r].shape[1]):
-                first += a_r[n] * b_r[n]
-        return first
+        # Chains of fused multiply-adds, one for each channel that a lane has states of
+        EACH: tl.constexpr = len(a) // LANES
+        sums = ()
+        for c in tl.static_range(LANES):
+            sum = first if c == 0 else tl.zeros_like(first)
+            for r in tl.static_range(EACH):
+                a_r = _columns(a[c * EACH + r], BLOCK_N)
+                b_r = tl.broadcast_to(b[(c * EACH + r) % len(b)], a[0].shape)
+                b_r = _columns(b_r, BLOCK_N)
+                for n in tl.static_range(BLOCK_N):
+                    sum += a_r[n] * b_r[n]
+            sums = sums + (sum,)
+        if LANES == 1:
+            return sums[0]
+        else:
+            return sums[0] + _across(sums[1], 1)
     else:
         products = a[0] * b[0]
         for r in tl.static_range(1, len(a)):
@@ -272,28 +330,44 @@ def dot_states(a, b, first):
 @triton.jit
 def halve(a, x, b, y, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
     """The first of five steps of summing a x and b y over the channels of a warp, a and b dstate
-    values of each channel, x and y (32,): the lower lanes go on with a x, the upper ones with b y.
-    """
+    values of each channel, x and y one (32,) for each channel that a lane has states of: the lower
+    lanes go on with a x, the upper ones with b y. With two channels a lane this is the second step,
+    the first happens inside the lane."""
+    LANES: tl.constexpr = len(x)
+    EACH: tl.constexpr = len(a) // LANES
     upper = tl.arange(0, 32) >= 16
-    kept, sent = tl.where(upper, y, x), tl.where(upper, x, y)
     values = ()
-    for r in tl.static_range(len(a)):
+    if LANES == 1:
+        kept, sent = tl.where(upper, y[0], x[0]), tl.where(upper, x[0], y[0])
+    for r in tl.static_range(EACH):
         a_r, b_r = _columns(a[r], BLOCK_N), _columns(b[r], BLOCK_N)
+        if LANES == 2:
+            a_of_other = _columns(a[EACH + r], BLOCK_N)
+            b_of_other = _columns(b[EACH + r], BLOCK_N)
         for n in tl.static_range(BLOCK_N):
             if r * BLOCK_N + n < triton.next_power_of_2(dstate):
-                received = _across(tl.where(upper, a_r[n], b_r[n]) * sent, 16)
-                values = values + (tl.where(upper, b_r[n], a_r[n]) * kept + received,)
-    for _ in tl.static_range(triton.next_power_of_2(dstate) - len(a) * BLOCK_N):
-        values = values + (tl.zeros_like(x),)
+                if LANES == 1:
+                    received = _across(tl.where(upper, a_r[n], b_r[n]) * sent, 16)
+                    values = values + (tl.where(upper, b_r[n], a_r[n]) * kept + received,)
+                else:
+                    ax = a_r[n] * x[0] + a_of_other[n] * x[1]
+                    by = b_r[n] * y[0] + b_of_other[n] * y[1]
+                    received = _across(tl.where(upper, ax, by), 16)
+                    values = values + (tl.where(upper, by, ax) + received,)
+    for _ in tl.static_range(triton.next_power_of_2(dstate) // LANES - EACH * BLOCK_N):
+        values = values + (tl.zeros_like(x[0]),)
     return values
 
 
 @triton.jit
-def store_sums(ptr, stride: tl.constexpr, values, steps, STEPS: tl.constexpr, dstate: tl.constexpr):
-    """The other four: sums over each half of the lanes of what `halve` left of STEPS steps, all at
+def store_sums(
+    ptr, stride: tl.constexpr, values, steps, STEPS: tl.constexpr, dstate: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The other steps: sums over each half of the lanes of what `halve` left of STEPS steps, all at
     once. Rows begin at ptr, a stride apart; those from `steps` on are not stored."""
     lanes = tl.arange(0, 32)
-    for s in tl.static_range(4):
+    for s in tl.static_range(4 if LANES == 1 else 3):
         if len(values) > 1:
             upper = (lanes & (8 >> s)) != 0
             halved = ()
@@ -304,12 +378,14 @@ def store_sums(ptr, stride: tl.constexpr, values, steps, STEPS: tl.constexpr, ds
             values = halved
         else:
             values = (values[0] + _across(values[0], 8 >> s),)
-    V: tl.constexpr = triton.next_power_of_2(dstate)
+    # V values of a step in each lane at first, and then in GROUPS lanes
+    V: tl.constexpr = triton.next_power_of_2(dstate) // LANES
+    GROUPS: tl.constexpr = 16 // LANES
+    first = lanes % 16 // LANES * (STEPS * V)
     for r in tl.static_range(len(values)):
-        # Of STEPS V values, lane l of a half holds those from l STEPS V / 16 on
-        index = lanes % 16 * (STEPS * V) // 16 + r
-        step, n = index // V, index % V
-        mask = (lanes % 16 * (STEPS * V) % 16 == 0) & (n < dstate) & (step < steps)
+        index = first // GROUPS + r
+        step, n = index // V, index % V + lanes % LANES * V
+        mask = (first % GROUPS == 0) & (n < dstate) & (step < steps)
         tl.store(ptr + step * stride + lanes // 16 * dstate + n, values[r], mask=mask)
 
 

@@ -18,12 +18,13 @@ Shapes: u, delta, z, y (batch, seqlen, dim); A (dim, dstate); B, C (batch, seqle
 (batch, seqlen, groups, dstate), or constant over time (dim, dstate); D, delta_bias (dim,); states
 (batch, dim, dstate). Any float dtype up to float32 in, float32 inside.
 
-Split: one warp owns one batch entry and BLOCK_D channels of one group, and walks the sequence. A
-state register is a tile (BLOCK_D, BLOCK_N), BLOCK_N states of every channel, and the dstate states
-are a tuple of them. Where BLOCK_D = 32 a lane owns a channel with all its states, so a step
-exchanges nothing between lanes but B_t and C_t, which all lanes need alike: each loads one value of
-them for several steps, and shared memory gives every lane all. Above dstate 16 states lie side by
-side over lanes.
+Split: one warp owns one batch entry and BLOCK_D channels of one group, and walks the sequence; the
+states are a tuple of registers (`_registers.py`). B_t and C_t are the same for all channels: each
+lane loads one value of them for several steps, and shared memory gives every lane what it needs.
+Reading them there takes as long as the exponentials, so what is read has to serve two channels:
+those of a lane where channels are many (BLOCK_D = 64), else those of two lanes next to each other,
+each with half of the states of both (LANES = 2), which tell each other dt, dt u and their part of
+y. Above dstate 16 states lie side by side over lanes.
 
 A few channels make too few warps. Forward, the lanes of a program then share out SPLIT pieces of
 the sequence: each walks its piece twice, first from no state for the one that it leaves, which
@@ -64,6 +65,7 @@ class Config(NamedTuple):
     STEPS: tuple[int, ...]  # the first of those that walk the fewest steps
     BLOCK_D: int
     BLOCK_N: int
+    LANES: int  # where 2 BLOCK_N divides the number of states, else 1
     SPLIT: int
     why: str
 
@@ -71,16 +73,17 @@ class Config(NamedTuple):
 ANY = float("inf")
 # The first that serves a call. `make static-report` counts registers, spills and instructions.
 FORWARD = (
-    Config(8, 2048, (7, 4), 32, 4, 16, "16 times the warps for twice the work: one image in 9 us"),
-    Config(8, 8192, (7,), 32, 4, 8, "8 times the warps for twice the work: 20 us instead of 22"),
-    Config(8, ANY, (8, 7), 32, 4, 1, "loads far ahead; 7 divides windows of 7 x 7 and 14 x 14"),
-    Config(16, ANY, (4,), 32, 4, 1, "twice the registers per step, so half the steps"),
-    Config(64, ANY, (2,), 8, 16, 1, "64 states fit no lane; 4 lanes a channel hold them"),
+    Config(8, 2048, (7, 4), 32, 4, 2, 16, "16 times the warps, twice the work: one image in 9 us"),
+    Config(8, 8192, (7,), 32, 4, 2, 8, "8 times the warps for twice the work: 20 us instead of 22"),
+    Config(8, 45000, (8, 7), 32, 4, 2, 1, "loads far ahead; 7 divides windows of 7 x 7, 14 x 14"),
+    Config(8, ANY, (8, 7), 64, 4, 1, 1, "two channels a lane read B and C once"),
+    Config(16, ANY, (4,), 32, 4, 2, 1, "twice the registers per step, so half the steps"),
+    Config(64, ANY, (2,), 8, 16, 1, 1, "64 states fit no lane; 4 lanes a channel hold them"),
 )
 BACKWARD = (
-    Config(8, ANY, (4,), 32, 4, 1, "216 slots a step; 7 steps take 16 s to compile"),
-    Config(16, ANY, (2,), 32, 4, 1, "twice the registers per step, so half the steps"),
-    Config(64, ANY, (2,), 4, 16, 1, "64 states fit no lane; 8 lanes a channel hold them"),
+    Config(8, ANY, (4,), 32, 4, 2, 1, "216 slots a step; 7 steps take 16 s to compile"),
+    Config(16, ANY, (2,), 32, 4, 2, 1, "twice the registers per step, so half the steps"),
+    Config(64, ANY, (2,), 4, 16, 1, 1, "64 states fit no lane; 8 lanes a channel hold them"),
 )
 # One warp per program: a channel's work is sequential, more warps help only by number. Fusing
 # a * b + c is a quarter of the arithmetic, and Triton releases differ in their default. Left alone,
@@ -91,14 +94,19 @@ if not torch.version.hip:
     OPTIONS["maxnreg"] = 255
 
 
-def _config(table, channels, dstate):
-    return next(c for c in table if dstate <= c.dstate and channels <= c.channels)
+def _config(table, channels, dstate, split=True):
+    return next(
+        c
+        for c in table
+        if dstate <= c.dstate and channels <= c.channels and (split or c.SPLIT == 1)
+    )
 
 
 @cache
 def _forward_constants(batch, seqlen, dim, groups, dstate, save_states):
-    """STEPS, BLOCK_D, BLOCK_N, SPLIT, EVEN_L, EVEN_D, KEEP of a launch."""
-    config = _config(FORWARD, ANY if save_states else batch * dim, dstate)
+    """STEPS, BLOCK_D, BLOCK_N, LANES, SPLIT, EVEN_L, EVEN_D, KEEP of a launch."""
+    # States are kept where a sequence is walked once
+    config = _config(FORWARD, batch * dim, dstate, split=not save_states)
     keep = _config(BACKWARD, ANY, dstate).STEPS[0]
     if save_states:
         # A state for each run of steps that the backward pass takes; two of them in long sequences
@@ -116,31 +124,50 @@ def _constants(config, seqlen, group_dim, dstate):
     walked = {n: triton.cdiv(seqlen, config.SPLIT * n) * config.SPLIT * n for n in config.STEPS}
     steps = min(walked, key=walked.get)
     block_n = min(config.BLOCK_N, triton.next_power_of_2(dstate))
+    lanes = config.LANES if dstate % (config.LANES * block_n) == 0 else 1
     # Masks are cheap next to a machine code more
     even_l = config.SPLIT == 1 and walked[steps] == seqlen
     even_d = group_dim % (config.BLOCK_D // config.SPLIT) == 0
-    return steps, config.BLOCK_D, block_n, config.SPLIT, even_l, even_d
+    return steps, config.BLOCK_D, block_n, lanes, config.SPLIT, even_l, even_d
 
 
 @triton.jit
 def _owned_channels(
-    dim, group_dim, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, EVEN_D: tl.constexpr
-):
-    """Batch entry, channel block, group, channels and which of them are this program's. Everything
-    lies on grid axis 0, and the program id is 64 bits wide before it meets a stride: neither 65,535
-    batch entries nor 2^31 elements are a limit. Lanes without a channel read their group's last."""
+    dim, group_dim, BLOCK_D: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):  # fmt: skip
+    """Batch entry, channel block, group, channels and which of them are this program's, both for
+    each channel that a lane has states of, its own first. Everything lies on grid axis 0, and the
+    program id is 64 bits wide before it meets a stride: neither 65,535 batch entries nor 2^31
+    elements are a limit."""
     pid = tl.program_id(0).to(tl.int64)
     WIDTH: tl.constexpr = BLOCK_D // SPLIT
     blocks_per_group = tl.cdiv(group_dim, WIDTH)
     blocks = (dim // group_dim) * blocks_per_group
     block = pid % blocks
     group = block // blocks_per_group
-    offs_in_group = (block % blocks_per_group) * WIDTH + tl.arange(0, BLOCK_D) % WIDTH
-    mask_d = tl.full((BLOCK_D,), True, tl.int1)
-    if not EVEN_D:
-        mask_d = offs_in_group < group_dim
-        offs_in_group = tl.minimum(offs_in_group, group_dim - 1)
-    return pid // blocks, block, group, group * group_dim + offs_in_group, mask_d
+    first = (block % blocks_per_group) * WIDTH
+    # A last block that sticks out begins earlier, so that rows stay whole, and leaves to the one
+    # before what is that one's; a group narrower than a block repeats its last channel
+    begin = first
+    if not EVEN_D and group_dim > WIDTH:
+        begin = tl.minimum(first, group_dim - WIDTH)
+    offs, masks = (), ()
+    for c in tl.static_range(LANES):
+        channel = (tl.arange(0, BLOCK_D) ^ c) % WIDTH
+        if BLOCK_D > 32:
+            # Two channels next to each other in a lane's rows would not be so in its states
+            channel = channel % 2 * 32 + channel // 2
+        offs_in_group = begin + channel
+        mask_d = tl.full((BLOCK_D,), True, tl.int1)
+        if not EVEN_D:
+            if group_dim > WIDTH:
+                mask_d = offs_in_group >= first
+            else:
+                mask_d = offs_in_group < group_dim
+                offs_in_group = tl.minimum(offs_in_group, group_dim - 1)
+        offs, masks = offs + (group * group_dim + offs_in_group,), masks + (mask_d,)
+    return pid // blocks, block, group, offs, masks
 
 
 @triton.jit
@@ -171,12 +198,22 @@ def _step_size2(
 
 
 @triton.jit
-def _next_state(h, A, B_t, dt, dtu):
+def _next_state(h, A, B_t, dt, u, LANES: tl.constexpr):
     """exp(dt A) h + dt B u, dt in units of ln 2 and B_t times ln 2."""
+    dts, dtus = reg.of_both(dt, LANES), reg.of_both(dt * u, LANES)
     h_next = ()
     for r in tl.static_range(len(A)):
-        h_next = h_next + (tl.exp2(dt[:, None] * A[r]) * h[r] + dtu[:, None] * B_t[r],)
+        dt, dtu = dts[r * LANES // len(A)][:, None], dtus[r * LANES // len(A)][:, None]
+        h_next = h_next + (tl.exp2(dt * A[r]) * h[r] + dtu * B_t[r % len(B_t)],)
     return h_next
+
+
+@triton.jit
+def _and(masks, condition):
+    both = ()
+    for c in tl.static_range(len(masks)):
+        both = both + (masks[c] & condition,)
+    return both
 
 
 @triton.jit
@@ -187,14 +224,15 @@ def _lane_before(tile, DISTANCE: tl.constexpr):
 
 
 @triton.jit
-def _state_before_piece(h0, h, A, total, piece, SPLIT: tl.constexpr):
+def _state_before_piece(h0, h, A, total, piece, SPLIT: tl.constexpr, LANES: tl.constexpr):
     """The state that enters each piece, h0 the first one, from what each leaves of no state (the
     first: of h0), h, and the sum of its steps. Over a piece a state x becomes exp(total A) x + h;
     these maps are composed over 2, 4, 8, ... pieces."""
     WIDTH: tl.constexpr = piece.shape[0] // SPLIT
+    totals = reg.of_both(total, LANES)
     entering = ()
     for r in tl.static_range(len(A)):
-        decay, left = tl.exp2(total[:, None] * A[r]), h[r]
+        decay, left = tl.exp2(totals[r * LANES // len(A)][:, None] * A[r]), h[r]
         for s in tl.static_range(5):
             if 1 << s < SPLIT:
                 before, composed = _lane_before(left, WIDTH << s), _lane_before(decay, WIDTH << s)
@@ -227,27 +265,28 @@ def _scan_fwd_kernel(
     seqlen, dim: tl.constexpr, group_dim: tl.constexpr,
     dstate: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
     DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN_L: tl.constexpr, EVEN_D: tl.constexpr, KEEP: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN_L: tl.constexpr, EVEN_D: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    b, _, group, offs_d, mask_d = _owned_channels(dim, group_dim, BLOCK_D, SPLIT, EVEN_D)
+    b, _, group, offs, masks = _owned_channels(dim, group_dim, BLOCK_D, LANES, SPLIT, EVEN_D)
+    offs_d, mask_d = offs[0], masks[0]
     u_ptr += b * seqlen * stride_ul
     delta_ptr += b * seqlen * stride_deltal
     y_ptr += b * seqlen * stride_yl
     if z_ptr is not None:
         z_ptr += b * seqlen * stride_zl
-    A = reg.load_states(A_ptr, offs_d, dstate, BLOCK_N)
+    A = reg.load_states(A_ptr, offs, dstate, BLOCK_N)
     if CONST_B:
-        B_t = reg.times(reg.load_states(B_ptr, offs_d, dstate, BLOCK_N), LN2)
+        B_t = reg.times(reg.load_states(B_ptr, offs, dstate, BLOCK_N), LN2)
     else:
         B_ptr += b * seqlen * stride_Bl + group * stride_Bg
     if CONST_C:
-        C_t = reg.load_states(C_ptr, offs_d, dstate, BLOCK_N)
+        C_t = reg.load_states(C_ptr, offs, dstate, BLOCK_N)
     else:
         C_ptr += b * seqlen * stride_Cl + group * stride_Cg
     D = reg.load_vector(D_ptr, offs_d)
     delta_bias2 = reg.load_vector(delta_bias_ptr, offs_d) * LOG2E
-    h = reg.load_first(initial_state_ptr, b, A, offs_d, dim, dstate, BLOCK_N)
+    h = reg.load_first(initial_state_ptr, b, A, offs, dim, dstate, BLOCK_N)
 
     start, length = 0, seqlen
     if SPLIT > 1:
@@ -265,16 +304,16 @@ def _scan_fwd_kernel(
             )
             if not CONST_B:
                 Bs = reg.load_states_by_step(
-                    B_ptr, stride_Bl, t0, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+                    B_ptr, stride_Bl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
                 )
             for i in tl.static_range(STEPS):
                 u, delta = us[i].to(tl.float32), deltas[i].to(tl.float32)
                 dt = _step_size2(delta, delta_bias2, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
                 total += dt
                 if not CONST_B:
-                    B_t = reg.times(reg.of_step(Bs, i, dstate, BLOCK_N, SPLIT), LN2)
-                h = _next_state(h, A, B_t, dt, dt * u)
-        h = _state_before_piece(h0, h, A, total, piece, SPLIT)
+                    B_t = reg.times(reg.of_step(Bs, i, dstate, BLOCK_N, SPLIT, LANES), LN2)
+                h = _next_state(h, A, B_t, dt, u, LANES)
+        h = _state_before_piece(h0, h, A, total, piece, SPLIT, LANES)
 
     u_rows = reg.load_rows(u_ptr, stride_ul, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
     delta_rows = reg.load_rows(
@@ -284,11 +323,11 @@ def _scan_fwd_kernel(
         z_rows = reg.load_rows(z_ptr, stride_zl, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
     if not CONST_B:
         B_tiles = reg.load_states_by_step(
-            B_ptr, stride_Bl, start, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+            B_ptr, stride_Bl, start, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
         )
     if not CONST_C:
         C_tiles = reg.load_states_by_step(
-            C_ptr, stride_Cl, start, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+            C_ptr, stride_Cl, start, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
         )
     y_ptr += reg.row_of(start, seqlen, REVERSE) * stride_yl + offs_d
     for walked in range(0, length, STEPS):
@@ -305,33 +344,33 @@ def _scan_fwd_kernel(
         if not CONST_B:
             Bs = reg.times(B_tiles, LN2)
             B_tiles = reg.load_states_by_step(
-                B_ptr, stride_Bl, t1, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+                B_ptr, stride_Bl, t1, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
             )
         if not CONST_C:
             Cs = reg.used_up(C_tiles)
             C_tiles = reg.load_states_by_step(
-                C_ptr, stride_Cl, t1, seqlen, offs_d, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+                C_ptr, stride_Cl, t1, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
             )
         # What waits for shared memory comes behind these loads, and keeps them from sinking
         if not CONST_B:
-            Bs = reg.share_out(Bs, SPLIT)
+            Bs = reg.share_out(Bs, SPLIT, LANES)
         if not CONST_C:
-            Cs = reg.share_out(Cs, SPLIT)
+            Cs = reg.share_out(Cs, SPLIT, LANES)
         ys = ()
         for i in tl.static_range(STEPS):
             if states_ptr is not None and i % KEEP == 0:
                 chunk = b * tl.cdiv(seqlen, KEEP) + (t0 + i) // KEEP
                 at = states_ptr + chunk * dim * dstate
-                in_seq = mask_d if EVEN_L else mask_d & (t0 + i < seqlen)
-                reg.store_states(at, h, offs_d, in_seq, dstate, BLOCK_N)
+                in_seq = masks if EVEN_L else _and(masks, t0 + i < seqlen)
+                reg.store_states(at, h, offs, in_seq, dstate, BLOCK_N)
             u = us[i]
             if not CONST_B:
-                B_t = reg.of_step(Bs, i, dstate, BLOCK_N, SPLIT)
+                B_t = reg.of_step(Bs, i, dstate, BLOCK_N, SPLIT, LANES)
             if not CONST_C:
-                C_t = reg.of_step(Cs, i, dstate, BLOCK_N, SPLIT)
+                C_t = reg.of_step(Cs, i, dstate, BLOCK_N, SPLIT, LANES)
             dt = _step_size2(deltas[i], delta_bias2, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
-            h = _next_state(h, A, B_t, dt, dt * u)
-            y = reg.dot_states(h, C_t, D * u)
+            h = _next_state(h, A, B_t, dt, u, LANES)
+            y = reg.dot_states(h, C_t, D * u, LANES)
             if z_ptr is not None:
                 y *= dev.silu(zs[i])
             ys = ys + (y,)
@@ -343,8 +382,8 @@ def _scan_fwd_kernel(
 
     last_state_ptr += b * dim * dstate
     if SPLIT > 1:
-        mask_d = mask_d & (piece == SPLIT - 1)
-    reg.store_states(last_state_ptr, h, offs_d, mask_d, dstate, BLOCK_N)
+        masks = _and(masks, piece == SPLIT - 1)
+    reg.store_states(last_state_ptr, h, offs, masks, dstate, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=GENERIC)
@@ -371,10 +410,11 @@ def _scan_bwd_kernel(
     batch, seqlen, dim: tl.constexpr, group_dim: tl.constexpr,
     dstate: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
     DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN_L: tl.constexpr, EVEN_D: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN_L: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    b, block, group, offs_d, mask_d = _owned_channels(dim, group_dim, BLOCK_D, SPLIT, EVEN_D)
+    b, block, group, offs, masks = _owned_channels(dim, group_dim, BLOCK_D, LANES, SPLIT, EVEN_D)
+    offs_d, mask_d = offs[0], masks[0]
     chunks = tl.cdiv(seqlen, STEPS)
     dy_ptr += b * seqlen * stride_dyl
     du_ptr += b * seqlen * dim
@@ -387,19 +427,20 @@ def _scan_bwd_kernel(
     if z_ptr is not None:
         z_ptr += b * seqlen * stride_zl
         dz_ptr += b * seqlen * dim
-    A = reg.load_states(A_ptr, offs_d, dstate, BLOCK_N)
+    A = reg.load_states(A_ptr, offs, dstate, BLOCK_N)
     if CONST_B:
-        B_t = reg.load_states(B_ptr, offs_d, dstate, BLOCK_N)
+        B_t = reg.load_states(B_ptr, offs, dstate, BLOCK_N)
     else:
         B_ptr += b * seqlen * stride_Bl + group * stride_Bg
     if CONST_C:
-        C_t = reg.load_states(C_ptr, offs_d, dstate, BLOCK_N)
+        C_t = reg.load_states(C_ptr, offs, dstate, BLOCK_N)
     else:
         C_ptr += b * seqlen * stride_Cl + group * stride_Cg
     D = reg.load_vector(D_ptr, offs_d)
     delta_bias = reg.load_vector(delta_bias_ptr, offs_d)
     # Above step t, g is what the later steps leave of dL/dh_t: exp(dt_{t+1} A) g_{t+1}
-    g = reg.load_first(dlast_state_ptr, b, A, offs_d, dim, dstate, BLOCK_N)
+    g = reg.load_first(dlast_state_ptr, b, A, offs, dim, dstate, BLOCK_N)
+    EACH: tl.constexpr = len(A) // LANES
     dA, dB_sum, dC_sum = reg.zeros(A), reg.zeros(A), reg.zeros(A)
     dD, ddelta_bias = tl.zeros_like(D), tl.zeros_like(D)
 
@@ -411,30 +452,30 @@ def _scan_bwd_kernel(
         z_rows = reg.load_rows(z_ptr, stride_zl, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
     if not CONST_B:
         B_tiles = reg.load_states_by_step(
-            B_ptr, stride_Bl, t0, seqlen, offs_d, dstate, BLOCK_N, STEPS, 1, REVERSE
+            B_ptr, stride_Bl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
         )
     if not CONST_C:
         C_tiles = reg.load_states_by_step(
-            C_ptr, stride_Cl, t0, seqlen, offs_d, dstate, BLOCK_N, STEPS, 1, REVERSE
+            C_ptr, stride_Cl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
         )
     last = states_ptr + tl.cast(chunks - 1, tl.int64) * dim * dstate
-    kept = reg.load_states(last, offs_d, dstate, BLOCK_N)
+    kept = reg.load_states(last, offs, dstate, BLOCK_N)
     for k in range(chunks):
         t0 = (chunks - 1 - k) * STEPS
         first = reg.row_of(t0, seqlen, REVERSE)
         before = tl.maximum(t0 - STEPS, 0)
         h = reg.used_up(kept)
         at = states_ptr + tl.cast(before // STEPS, tl.int64) * dim * dstate
-        kept = reg.load_states(at, offs_d, dstate, BLOCK_N)
+        kept = reg.load_states(at, offs, dstate, BLOCK_N)
         if not CONST_B:
-            Bs = reg.share_out(B_tiles, 1)
+            Bs = reg.share_out(B_tiles, 1, LANES)
             B_tiles = reg.load_states_by_step(
-                B_ptr, stride_Bl, before, seqlen, offs_d, dstate, BLOCK_N, STEPS, 1, REVERSE
+                B_ptr, stride_Bl, before, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
             )
         if not CONST_C:
-            Cs = reg.share_out(C_tiles, 1)
+            Cs = reg.share_out(C_tiles, 1, LANES)
             C_tiles = reg.load_states_by_step(
-                C_ptr, stride_Cl, before, seqlen, offs_d, dstate, BLOCK_N, STEPS, 1, REVERSE
+                C_ptr, stride_Cl, before, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
             )
         us, deltas = reg.to_float32(u_rows), reg.to_float32(delta_rows)
         dys = reg.to_float32(dy_rows)
@@ -449,56 +490,55 @@ def _scan_bwd_kernel(
             zs = reg.to_float32(z_rows)
             z_rows = reg.load_rows(z_ptr, stride_zl, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
 
-        # Forward again: dt_t and p_t of the chunk
-        dts, ps = (), ()
+        # Forward again: dt_t, dt_t u_t and p_t of the chunk
+        dts, dtus, ps = (), (), ()
         for i in tl.static_range(STEPS):
             dt = _step_size(deltas[i], delta_bias, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
-            dts = dts + (dt,)
-            dtu, dt = (dt * us[i])[:, None], (dt * LOG2E)[:, None]
+            dtu = dt * us[i]
+            dt, dtu = reg.of_both(dt, LANES), reg.of_both(dtu, LANES)
+            dts, dtus = dts + (dt,), dtus + (dtu,)
             if not CONST_B:
-                B_t = reg.of_step(Bs, i, dstate, BLOCK_N, 1)
+                B_t = reg.of_step(Bs, i, dstate, BLOCK_N, 1, LANES)
             p, h_next_t = (), ()
             for r in tl.static_range(len(A)):
-                p = p + (tl.exp2(dt * A[r]) * h[r],)
-                h_next_t = h_next_t + (p[r] + dtu * B_t[r],)
+                p = p + (tl.exp2((dt[r // EACH] * LOG2E)[:, None] * A[r]) * h[r],)
+                h_next_t = h_next_t + (p[r] + dtu[r // EACH][:, None] * B_t[r % len(B_t)],)
             h = h_next_t
             ps = ps + (p,)
 
         sums, dus, ddeltas, dzs = (), (), (), ()
         for i in tl.static_range(STEPS - 1, -1, -1):
             if not CONST_B:
-                B_t = reg.of_step(Bs, i, dstate, BLOCK_N, 1)
+                B_t = reg.of_step(Bs, i, dstate, BLOCK_N, 1, LANES)
             if not CONST_C:
-                C_t = reg.of_step(Cs, i, dstate, BLOCK_N, 1)
-            u, dy, p = us[i], dys[i], ps[i]
+                C_t = reg.of_step(Cs, i, dstate, BLOCK_N, 1, LANES)
+            u, dy, dt, dtu, p = us[i], dys[i], dts[i], dtus[i], ps[i]
             if not EVEN_L:
                 dy = tl.where(t0 + i < seqlen, dy, 0.0)
-            dt = dts[i][:, None]
-            dtu = dts[i] * u
-            dtu_n = dtu[:, None]
             h_t = ()
             for r in tl.static_range(len(A)):
-                h_t = h_t + (p[r] + dtu_n * B_t[r],)
+                h_t = h_t + (p[r] + dtu[r // EACH][:, None] * B_t[r % len(B_t)],)
             if z_ptr is not None:
                 z = zs[i]
-                y = reg.dot_states(h_t, C_t, D * u)
+                y = reg.dot_states(h_t, C_t, D * u, LANES)
                 dzs = (dy * y * dev.dsilu(z),) + dzs
                 dy *= dev.silu(z)
             dD += dy * u
 
-            dy_n = dy[:, None]
+            dy_n = reg.of_both(dy, LANES)
             g_t, gp, g_next, dA_next = (), (), (), ()
             for r in tl.static_range(len(A)):
-                g_t = g_t + (g[r] + dy_n * C_t[r],)
+                dt_n = dt[r // EACH][:, None]
+                g_t = g_t + (g[r] + dy_n[r // EACH][:, None] * C_t[r % len(C_t)],)
                 gp = gp + (g_t[r] * p[r],)
-                dA_next = dA_next + (dA[r] + gp[r] * dt,)
-                g_next = g_next + (tl.exp2(dt * LOG2E * A[r]) * g_t[r],)
+                dA_next = dA_next + (dA[r] + gp[r] * dt_n,)
+                g_next = g_next + (tl.exp2(dt_n * LOG2E * A[r]) * g_t[r],)
             g, dA = g_next, dA_next
-            gB = reg.dot_states(g_t, B_t, tl.zeros_like(u))
-            dus = (dts[i] * gB + D * dy,) + dus
-            ddelta = reg.dot_states(gp, A, gB * u)
+            gB = reg.dot_states(g_t, B_t, tl.zeros_like(u), LANES)
+            dus = (dt[0] * gB + D * dy,) + dus
+            ddelta = reg.dot_states(gp, A, gB * u, LANES)
             if DELTA_SOFTPLUS:
-                ddelta *= dev.dsoftplus(deltas[i] + delta_bias, dts[i])
+                ddelta *= dev.dsoftplus(deltas[i] + delta_bias, dt[0])
             ddeltas = (ddelta,) + ddeltas
             if not EVEN_L:
                 ddelta = tl.where(t0 + i < seqlen, ddelta, 0.0)
@@ -506,17 +546,17 @@ def _scan_bwd_kernel(
 
             # dB_t, dC_t: the sum over this program's channels; constant ones grow in registers
             if CONST_B:
-                dB_sum = reg.add_product(dB_sum, g_t, dtu_n)
+                dB_sum = reg.add_product(dB_sum, g_t, dtu)
             if CONST_C:
                 dC_sum = reg.add_product(dC_sum, h_t, dy_n)
             if dBC_ptr is not None:
                 if BLOCK_D == 32:
-                    sums = reg.halve(g_t, dtu, h_t, dy, dstate, BLOCK_N) + sums
+                    sums = reg.halve(g_t, dtu, h_t, dy_n, dstate, BLOCK_N) + sums
                 else:
                     at = dBC_ptr + first * 2 * dstate
                     at += reg.behind(i, t0, seqlen, True, REVERSE) * 2 * dstate
                     in_seq = t0 + i < seqlen
-                    reg.store_sums_of_step(at, g_t, dtu, h_t, dy, in_seq, dstate, BLOCK_N)
+                    reg.store_sums_of_step(at, g_t, dtu[0], h_t, dy, in_seq, dstate, BLOCK_N)
 
         for i in tl.static_range(STEPS):
             at = first * dim + offs_d + reg.behind(i, t0, seqlen, True, REVERSE) * dim
@@ -530,20 +570,21 @@ def _scan_bwd_kernel(
         if dBC_ptr is not None and BLOCK_D == 32:
             stride: tl.constexpr = -2 * dstate if REVERSE else 2 * dstate
             at = dBC_ptr + first * 2 * dstate
-            reg.store_sums(at, stride, sums, STEPS if EVEN_L else seqlen - t0, STEPS, dstate)
+            steps = STEPS if EVEN_L else seqlen - t0
+            reg.store_sums(at, stride, sums, steps, STEPS, dstate, LANES)
 
     entry = b * dim * dstate
     at = partial_ptr + b * dim * (dstate + 2)
-    reg.store_states(at, dA, offs_d, mask_d, dstate, BLOCK_N)
+    reg.store_states(at, dA, offs, masks, dstate, BLOCK_N)
     tl.store(at + dim * dstate + offs_d, dD, mask=mask_d)
     tl.store(at + dim * (dstate + 1) + offs_d, ddelta_bias, mask=mask_d)
     if CONST_B:
-        reg.store_states(dB_ptr + entry, dB_sum, offs_d, mask_d, dstate, BLOCK_N)
+        reg.store_states(dB_ptr + entry, dB_sum, offs, masks, dstate, BLOCK_N)
     if CONST_C:
-        reg.store_states(dC_ptr + entry, dC_sum, offs_d, mask_d, dstate, BLOCK_N)
+        reg.store_states(dC_ptr + entry, dC_sum, offs, masks, dstate, BLOCK_N)
     if dinitial_state_ptr is not None:
         dinitial_state_ptr += entry
-        reg.store_states(dinitial_state_ptr, g, offs_d, mask_d, dstate, BLOCK_N)
+        reg.store_states(dinitial_state_ptr, g, offs, masks, dstate, BLOCK_N)
 
 
 def _by_step(B, seqlen):
@@ -591,7 +632,7 @@ def selective_scan_fwd(
     last_state = u.new_empty(batch, dim, dstate, dtype=torch.float32)
     shape = states_shape(batch, seqlen, dim, dstate) if save_states else (0,)
     states = u.new_empty(shape, dtype=torch.float32)
-    grid = (batch * _blocks(dim, groups, constants[1] // constants[3]),)
+    grid = (batch * _blocks(dim, groups, constants[1] // constants[4]),)
     if batch:
         args = (
             u, stride_ul,

@@ -63,6 +63,9 @@ STATES = [ScanCase(f"dstate-{n}", dstate=n, seqlen=6) for n in (1, 2, 3, 4, 8, 1
 SHAPES = [
     ScanCase("two-blocks-and-a-mask", batch=2, dim=40, seqlen=5),
     ScanCase("one-full-block", dim=32, seqlen=7),
+    ScanCase("wide-block-and-a-rest", batch=2, dim=72, seqlen=5),
+    ScanCase("odd-rest", dim=67, seqlen=5, initial_state=True),
+    ScanCase("groups-of-two-blocks", dim=74, groups=2, seqlen=5),
     ScanCase("groups", dim=36, groups=3, seqlen=5, dstate=3),
     ScanCase("groups-wide-states", dim=12, groups=2, seqlen=3, dstate=17),
     ScanCase("one-group", groups=1, seqlen=5),

@@ -31,7 +31,7 @@ class Fault:
 
 FAULTS = [
     Fault(
-        "sign of dC", SCAN, "reg.halve(g_t, dtu, h_t, dy,", "reg.halve(g_t, dtu, h_t, -dy,",
+        "sign of dC", SCAN, "dy_n = reg.of_both(dy, LANES)\n", "dy_n = reg.of_both(-dy, LANES)\n",
         "selective_scan.py::test_float32[two-blocks-and-a-mask]", "dC",
     ),
     Fault(
@@ -46,7 +46,7 @@ FAULTS = [
         "selective_scan.py::test_float32[two-blocks-and-a-mask]", "ddelta_bias",
     ),
     Fault(
-        "D missing from du", SCAN, "(dts[i] * gB + D * dy,)", "(dts[i] * gB,)",
+        "D missing from du", SCAN, "(dt[0] * gB + D * dy,)", "(dt[0] * gB,)",
         "selective_scan.py::test_float32[one-full-block]", "du",
     ),
     Fault(
@@ -67,24 +67,49 @@ FAULTS = [
         "selective_scan.py::test_float32[groups]", "dB",
     ),
     Fault(
+        "channels of the block before counted twice", SCAN,
+        "mask_d = offs_in_group >= first", "mask_d = offs_in_group >= begin",
+        "selective_scan.py::test_float32[two-blocks-and-a-mask]", "dB",
+    ),
+    Fault(
+        "wide block's channels in another order", SCAN,
+        "channel % 2 * 32 + channel // 2", "channel % 2 * 32 + channel // 4",
+        "selective_scan.py::test_without_gradients[64x1x1-wide-block-and-a-rest]", "y",
+    ),
+    Fault(
+        "own step size taken for the neighbour's", REGISTERS,
+        "return x, _across(x, 1)", "return x, x",
+        "selective_scan.py::test_float32[one-full-block]", "y",
+    ),
+    Fault(
+        "neighbour's states left out of dC", REGISTERS,
+        "b_r[n] * y[0] + b_of_other[n] * y[1]", "b_r[n] * y[0] + b_of_other[n] * 0.0",
+        "selective_scan.py::test_float32[one-full-block]", "dC",
+    ),
+    Fault(
+        "even lane's values for both lanes", REGISTERS,
+        "part = row % LANES * (EACH // LANES)", "part = 0 * row * (EACH // LANES)",
+        "selective_scan.py::test_float32[one-full-block]", "y",
+    ),
+    Fault(
         "B and C swapped", SCAN,
-        "y = reg.dot_states(h, C_t, D * u)", "y = reg.dot_states(h, B_t, D * u)",
+        "y = reg.dot_states(h, C_t, D * u, LANES)", "y = reg.dot_states(h, B_t, D * u, LANES)",
         "selective_scan.py::test_float32[one-full-block]", "y",
     ),
     Fault(
         "piece entered by its own state", SCAN,
         "h0[r], _lane_before(left, WIDTH))", "h0[r], left)",
-        "selective_scan.py::test_without_gradients[16-initial-state]", "y",
+        "selective_scan.py::test_without_gradients[32x2x16-initial-state]", "y",
     ),
     Fault(
         "decays of earlier pieces not composed", SCAN,
         "decay *= tl.where(more, composed, 1.0)", "decay *= tl.where(more, 1.0, 1.0)",
-        "selective_scan.py::test_without_gradients[16-length-196]", "y",
+        "selective_scan.py::test_without_gradients[32x2x16-length-196]", "y",
     ),
     Fault(
         "first piece begins without the initial state", SCAN,
         "reg.only(h, (piece == 0)[:, None])", "reg.only(h, (piece < 0)[:, None])",
-        "selective_scan.py::test_without_gradients[8-initial-state]", "y",
+        "selective_scan.py::test_without_gradients[32x2x8-initial-state]", "y",
     ),
     Fault(
         "dB taken for dC", SCAN, "over_all)[..., dstate:]", "over_all)[..., :dstate]",
@@ -96,11 +121,11 @@ FAULTS = [
     ),
     Fault(
         "derivative of softplus dropped", SCAN,
-        "ddelta *= dev.dsoftplus(deltas[i] + delta_bias, dts[i])", "ddelta *= 1.0",
+        "ddelta *= dev.dsoftplus(deltas[i] + delta_bias, dt[0])", "ddelta *= 1.0",
         "selective_scan.py::test_float32[one-full-block]", "ddelta",
     ),
     Fault(
-        "dt missing from dA", SCAN, "(dA[r] + gp[r] * dt,)", "(dA[r] + gp[r],)",
+        "dt missing from dA", SCAN, "(dA[r] + gp[r] * dt_n,)", "(dA[r] + gp[r],)",
         "selective_scan.py::test_float32[one-full-block]", "dA",
     ),
     Fault(
@@ -119,13 +144,13 @@ FAULTS = [
     ),
     Fault(
         "rows of this iteration loaded again", SCAN, "t1 = t0 + STEPS", "t1 = t0",
-        "selective_scan.py::test_without_gradients[1-length-196]", "y",
+        "selective_scan.py::test_without_gradients[32x2x1-length-196]", "y",
     ),
     Fault(
         "registers of a step mixed up", REGISTERS,
-        "rows[i * triton.next_power_of_2(R) + r][None, :]",
-        "rows[i * triton.next_power_of_2(R) + R - 1 - r][None, :]",
-        "selective_scan.py::test_float32[one-full-block]", "y",
+        "rows[i * triton.next_power_of_2(R) + r]\n",
+        "rows[i * triton.next_power_of_2(R) + R - 1 - r]\n",
+        "selective_scan.py::test_float32[dstate-16]", "y",
     ),
     Fault(
         "halves of a tile in the wrong order", REGISTERS,

@@ -82,12 +82,20 @@ def test_mixed_dtypes(case):
     check(case, HALF)
 
 
-@pytest.fixture(params=sorted({config.SPLIT for config in module.FORWARD}))
-def split(request, monkeypatch):
-    """Every forward pass in so many pieces, however many channels there are."""
-    table = [c._replace(channels=module.ANY) for c in module.FORWARD]
-    table = [c for c in table if c.SPLIT == request.param or c.dstate > 8]
-    monkeypatch.setattr(module, "FORWARD", tuple(table))
+def str_of_config(config):
+    return f"{config.BLOCK_D}x{config.LANES}x{config.SPLIT}"
+
+
+LINES = [c for c in module.FORWARD if c.dstate == 8]
+WHOLE = [c for c in LINES if c.SPLIT == 1]
+
+
+@pytest.fixture(params=LINES, ids=str_of_config)
+def config(request, monkeypatch):
+    """Every forward pass by this line of the table, however many channels there are."""
+    wide = [c for c in module.FORWARD if c.dstate > 8]
+    table = (request.param._replace(channels=module.ANY), *wide)
+    monkeypatch.setattr(module, "FORWARD", table)
     module._forward_constants.cache_clear()
     yield request.param
     module._forward_constants.cache_clear()
@@ -97,7 +105,7 @@ WITHOUT_GRADIENTS = FAST + [case for case in LONG if case.seqlen in (128, 196, 1
 
 
 @pytest.mark.parametrize("case", WITHOUT_GRADIENTS, ids=ids(WITHOUT_GRADIENTS))
-def test_without_gradients(case, split):
+def test_without_gradients(case, config):
     tensors = scan_inputs(case, device=DEVICE)
     found, own, exact = (
         dict(zip(("y", "last_state"), op(**x, **case.flags, return_last_state=True), strict=True))
@@ -110,8 +118,15 @@ def test_without_gradients(case, split):
     assert_close(found, own, exact, tolerances=TOLERANCES if DEVICE == "cuda" else INTERPRETED)
 
 
+@pytest.mark.parametrize("config", WHOLE, ids=str_of_config, indirect=True)
+@pytest.mark.parametrize("case", SHAPES, ids=ids(SHAPES))
+def test_with_gradients(case, config):
+    """By each line that walks a sequence once, and so can keep states."""
+    check(case)
+
+
 @pytest.mark.parametrize("A", (2.0, -2.0))
-def test_no_state_stays_none_where_decays_overflow(A, split):
+def test_no_state_stays_none_where_decays_overflow(A, config):
     """Twice 100 steps of size 1: exp(200) is no float32, and nothing to multiply by it is there."""
     u = torch.zeros(1, 200, 4, device=DEVICE)
     B = torch.ones(1, 200, 2, device=DEVICE)
