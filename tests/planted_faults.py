@@ -31,7 +31,7 @@ class Fault:
 
 FAULTS = [
     Fault(
-        "sign of dC", SCAN, "dy_n = reg.of_both(dy, LANES)\n", "dy_n = reg.of_both(-dy, LANES)\n",
+        "sign of dC", SCAN, "reg.halve(g_t, dtu, h_t,", "reg.halve(g_t, dtu, reg.times(h_t, -1.0),",
         "selective_scan.py::test_float32[two-blocks-and-a-mask]", "dC",
     ),
     Fault(
@@ -154,7 +154,7 @@ FAULTS = [
     ),
     Fault(
         "halves of a tile in the wrong order", REGISTERS,
-        "(2, 2, 2, WIDTH)), (3, 2, 1, 0)", "(2, 2, 2, WIDTH)), (3, 0, 1, 2)",
+        "(2, 2, WIDTH)), (2, 1, 0)", "(2, 2, WIDTH)), (2, 0, 1)",
         "selective_scan.py::test_float32[one-full-block]", "y",
     ),
     Fault(
