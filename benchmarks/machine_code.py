@@ -67,6 +67,11 @@ _ENCODED = re.compile(
 )
 
 
+def encoded_words(text: str) -> dict[int, int]:
+    """Of each instruction's address the second word, with pauses and scoreboards."""
+    return {int(address, 16): int(high, 16) for address, high in _ENCODED.findall(text)}
+
+
 def loads_ahead(text: str, loop: list[Instruction]) -> float:
     """The least part of the loop, 0 to 1, that lies between a load from global memory and the first
     instruction, in this iteration or the next, that waits for its scoreboard.
@@ -76,7 +81,7 @@ def loads_ahead(text: str, loop: list[Instruction]) -> float:
     Bits 46 to 48 of an instruction's second word name the scoreboard that it sets, bits 52 to 57
     those that it waits for (Volta to Blackwell). 1 where nothing is loaded.
     """
-    words = {int(address, 16): int(high, 16) for address, high in _ENCODED.findall(text)}
+    words = encoded_words(text)
     n, least = len(loop), 1.0
     for i, instruction in enumerate(loop):
         if opcode_class(instruction.opcode) != "load":

@@ -94,21 +94,23 @@ if not torch.version.hip:
     OPTIONS["maxnreg"] = 255
 
 
-def _config(table, channels, dstate, split=True):
-    return next(
-        c
-        for c in table
-        if dstate <= c.dstate and channels <= c.channels and (split or c.SPLIT == 1)
-    )
+def _config(table, channels, dstate, fits=lambda config: True):
+    return next(c for c in table if dstate <= c.dstate and channels <= c.channels and fits(c))
 
 
 @cache
 def _forward_constants(batch, seqlen, dim, groups, dstate, save_states):
     """STEPS, BLOCK_D, BLOCK_N, LANES, SPLIT, EVEN_L, EVEN_D, KEEP of a launch."""
-    # States are kept where a sequence is walked once
-    config = _config(FORWARD, batch * dim, dstate, split=not save_states)
     keep = _config(BACKWARD, ANY, dstate).STEPS[0]
-    if save_states:
+
+    def keeps_states(config):
+        # So few steps an iteration leave no time to load two channels a lane
+        return config.SPLIT == 1 and (seqlen > 64 or config.BLOCK_D <= 32)
+
+    if not save_states:
+        config = _config(FORWARD, batch * dim, dstate)
+    else:
+        config = _config(FORWARD, batch * dim, dstate, keeps_states)
         # A state for each run of steps that the backward pass takes; two of them in long sequences
         config = config._replace(STEPS=(2 * keep if seqlen > 64 else keep,))
     return *_constants(config, seqlen, dim // groups, dstate), keep
