@@ -574,8 +574,9 @@ def test_launch_configs_are_providers():
     script = [sys.executable, str(ROOT / "benchmarks" / "launch_configs.py")]
     asked = [*script, "--shapes", "T-s3", "B-s3", "--batch", "8", "--list"]
     listed = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(listed) == 2 * 8 and len(set(listed)) == 16
-    assert listed[0].endswith("-triton-forward") and "7 or 4 steps, 32x4, 16 pieces" in listed[7]
+    assert len(listed) == 2 * 9 and len(set(listed)) == 18
+    assert listed[0].endswith("-triton-forward")
+    assert "7 or 4 steps, 32x4, 2 lanes, 16 pieces" in listed[8]
     if not torch.cuda.is_available():
         done = subprocess.run([*script, "--device", "cuda"], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no GPU" in done.stderr
