@@ -81,7 +81,7 @@ FORWARD = (
     Config(64, ANY, (2,), 8, 16, 1, 1, "64 states fit no lane; 4 lanes a channel hold them"),
 )
 BACKWARD = (
-    Config(8, ANY, (4,), 32, 4, 2, 1, "216 slots a step; 7 steps take 16 s to compile"),
+    Config(8, ANY, (4,), 32, 4, 2, 1, "192 slots a step; 7 steps take 16 s to compile"),
     Config(16, ANY, (2,), 32, 4, 2, 1, "twice the registers per step, so half the steps"),
     Config(64, ANY, (2,), 4, 16, 1, 1, "64 states fit no lane; 8 lanes a channel hold them"),
 )
