@@ -118,11 +118,18 @@ def test_without_gradients(case, config):
     assert_close(found, own, exact, tolerances=TOLERANCES if DEVICE == "cuda" else INTERPRETED)
 
 
+# Up to 64 steps, states are kept by no line with two channels a lane
+KEPT = [*SHAPES, ScanCase("longer-than-a-window", dim=72, seqlen=66)]
+
+
 @pytest.mark.parametrize("config", WHOLE, ids=str_of_config, indirect=True)
-@pytest.mark.parametrize("case", SHAPES, ids=ids(SHAPES))
+@pytest.mark.parametrize("case", KEPT, ids=ids(KEPT))
 def test_with_gradients(case, config):
     """By each line that walks a sequence once, and so can keep states."""
     check(case)
+    if case.seqlen > 64:
+        constants = module._forward_constants(1, case.seqlen, case.dim, 1, case.dstate, True)
+        assert constants[1] == config.BLOCK_D
 
 
 @pytest.mark.parametrize("A", (2.0, -2.0))
