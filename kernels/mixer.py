@@ -389,7 +389,7 @@ def mixer_bwd(
 class Mixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        yz, *kept = mixer_fwd(*inputs, any(ctx.needs_input_grad))
+        yz, *kept = mixer_fwd(*inputs, False)
         ctx.save_for_backward(*inputs, *kept)
         return yz
 

@@ -756,7 +756,8 @@ def selective_scan_bwd(
 class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        save_states = any(ctx.needs_input_grad)
+        *inputs, grad_enabled = inputs
+        save_states = grad_enabled and any(ctx.needs_input_grad)
         y, last_state, states = selective_scan_fwd(*inputs, save_states)
         *tensors, ctx.delta_softplus, ctx.reverse = inputs
         ctx.save_for_backward(*tensors, states)
@@ -769,7 +770,7 @@ class SelectiveScan(torch.autograd.Function):
         u = ctx.saved_tensors[0]
         dy = torch.zeros_like(u) if dy is None else dy
         flags = ctx.delta_softplus, ctx.reverse
-        return *selective_scan_bwd(dy, dlast_state, *ctx.saved_tensors, *flags), None, None
+        return *selective_scan_bwd(dy, dlast_state, *ctx.saved_tensors, *flags), None, None, None
 
 
 def selective_scan(
@@ -781,6 +782,7 @@ def selective_scan(
     Arguments are those of `mambavision.ops.selective_scan`, which checks them.
     """
     y, last_state = SelectiveScan.apply(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse
-    )
+        u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse,
+        torch.is_grad_enabled(),  # always off within `forward`
+    )  # fmt: skip
     return (y, last_state) if return_last_state else y

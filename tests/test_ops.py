@@ -4,6 +4,7 @@ Values and gradients of the backends themselves are the matter of test_torch_bac
 test_kernels_*.py; here stand the way through ops, the custom operators, and mamba-ssm's interface.
 """
 
+import importlib
 import json
 from pathlib import Path
 
@@ -385,6 +386,35 @@ def test_empty_batch(op):
         assert x.grad.shape == x.shape and not x.grad.abs().sum(), name
     if op == "selective_scan":
         assert function(**empty, return_last_state=True)[1].shape == (0, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [("selective_scan", "triton"), ("selective_scan", "torch"), ("mixer", "torch")],
+)
+def test_states_are_kept_only_for_a_backward_pass(op, backend, monkeypatch):
+    """Within an autograd function every input that is a parameter seems to need its gradient, with
+    gradients off too."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    function, tensors, flags = example(op)
+    module = importlib.import_module(getattr(ops._module(backend), op).__module__)
+    own = getattr(module, f"{op}_fwd")
+    asked = []
+
+    def forward(*arguments, **more):
+        asked.append(arguments[-1])
+        return own(*arguments, **more)
+
+    monkeypatch.setattr(module, f"{op}_fwd", forward)
+    function(**tensors, **flags, backend=backend)
+    parameters = {k: x.requires_grad_() for k, x in tensors.items()}
+    with torch.no_grad():
+        function(**parameters, **flags, backend=backend)
+    with torch.inference_mode():
+        function(**parameters, **flags, backend=backend)
+    function(**parameters, **flags, backend=backend)
+    assert asked == [False, False, False, True]
 
 
 @pytest.mark.parametrize("op", OPS)

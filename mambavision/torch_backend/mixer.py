@@ -83,14 +83,16 @@ def mixer_bwd(
 class Mixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        yz, dt_low, BC, states = mixer_fwd(*inputs, any(ctx.needs_input_grad))
+        *inputs, grad_enabled = inputs
+        save_states = grad_enabled and any(ctx.needs_input_grad)
+        yz, dt_low, BC, states = mixer_fwd(*inputs, save_states)
         ctx.save_for_backward(*inputs, dt_low, BC, states)
         return yz
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dyz):
-        return mixer_bwd(dyz, *ctx.saved_tensors)
+        return *mixer_bwd(dyz, *ctx.saved_tensors), None
 
 
 def mixer(
@@ -103,5 +105,5 @@ def mixer(
     """
     return Mixer.apply(
         xz, conv_x_weight, conv_z_weight, x_proj_weight, dt_proj_weight, A, D, delta_bias,
-        conv_x_bias, conv_z_bias,
+        conv_x_bias, conv_z_bias, torch.is_grad_enabled(),  # always off within `forward`
     )  # fmt: skip

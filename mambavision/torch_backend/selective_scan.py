@@ -451,9 +451,12 @@ def selective_scan_bwd(
 
 class SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse):
+    def forward(
+        ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse,
+        grad_enabled,
+    ):  # fmt: skip
         inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-        save_states = any(ctx.needs_input_grad)
+        save_states = grad_enabled and any(ctx.needs_input_grad)
         y, last_state, states = selective_scan_fwd(*inputs, delta_softplus, reverse, save_states)
         ctx.save_for_backward(*inputs, states)
         ctx.delta_softplus, ctx.reverse = delta_softplus, reverse
@@ -469,7 +472,7 @@ class SelectiveScan(torch.autograd.Function):
         grads = selective_scan_bwd(
             dy, dlast_state, *inputs, states, ctx.delta_softplus, ctx.reverse
         )
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def selective_scan(
@@ -481,6 +484,7 @@ def selective_scan(
     Arguments are those of `mambavision.ops.selective_scan`, which checks them.
     """
     y, last_state = SelectiveScan.apply(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse
-    )
+        u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse,
+        torch.is_grad_enabled(),  # always off within `forward`
+    )  # fmt: skip
     return (y, last_state) if return_last_state else y
