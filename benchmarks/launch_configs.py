@@ -55,7 +55,8 @@ def providers() -> list[Provider]:
     (shipped,) = [p for p in PROVIDERS["selective_scan"] if p.name == "triton"]
     tables = {"triton": SHIPPED}
     for config in CONFIGS:
-        tables[name_of(config)] = (scan.Config(8, scan.ANY, *config, "tried"), *SHIPPED)
+        line = scan.Config(8, scan.ANY, scan.ANY, *config, "tried")
+        tables[name_of(config)] = (line, *SHIPPED)
     return [Provider(name, partial(_with, table, shipped.make)) for name, table in tables.items()]
 
 

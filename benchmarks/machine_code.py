@@ -62,38 +62,6 @@ def sass_instructions(text: str) -> list[Instruction]:
     return code
 
 
-_ENCODED = re.compile(
-    r"/\*([0-9a-f]{4,})\*/[^;]*;\s*/\* 0x[0-9a-f]{16} \*/\s*/\* 0x([0-9a-f]{16}) \*/"
-)
-
-
-def encoded_words(text: str) -> dict[int, int]:
-    """Of each instruction's address the second word, with pauses and scoreboards."""
-    return {int(address, 16): int(high, 16) for address, high in _ENCODED.findall(text)}
-
-
-def loads_ahead(text: str, loop: list[Instruction]) -> float:
-    """The least part of the loop, 0 to 1, that lies between a load from global memory and the first
-    instruction, in this iteration or the next, that waits for its scoreboard.
-
-    A warp has six scoreboards, and waiting for one is waiting for every load on it. What is loaded
-    for the next iteration is on its way in the background only if nothing before that waits so.
-    Bits 46 to 48 of an instruction's second word name the scoreboard that it sets, bits 52 to 57
-    those that it waits for (Volta to Blackwell). 1 where nothing is loaded.
-    """
-    words = encoded_words(text)
-    n, least = len(loop), 1.0
-    for i, instruction in enumerate(loop):
-        if opcode_class(instruction.opcode) != "load":
-            continue
-        board = words[instruction.address] >> 46 & 7
-        for distance in range(1, n):
-            if words[loop[(i + distance) % n].address] >> 52 + board & 1:
-                least = min(least, distance / n)
-                break
-    return round(least, 2)
-
-
 def ptx_instructions(text: str) -> list[Instruction]:
     """Instructions of PTX, with line numbers for addresses."""
     labels, lines = {}, text.splitlines()

@@ -11,8 +11,7 @@ Issue slots per (batch, step, channel) = warp instructions of the step loop x 32
 elements that one iteration serves. A scheduler issues one warp instruction per clock, so
 slots x elements / (32 x 4 x SMs x clock) is a floor under the run time. A special-function result
 (MUFU) counts one slot here and eight against its own unit. `useful` charges the same instructions
-to the channels that exist: with BLOCK_D 128, dim 160 pays for 256. `loads_ahead` is the least part
-of the loop between a load and the first wait for it (`machine_code.loads_ahead`).
+to the channels that exist: with BLOCK_D 128, dim 160 pays for 256.
 
     python benchmarks/static_report.py
     python benchmarks/static_report.py --target sm_90 --kernel scan --dtype float16
@@ -45,7 +44,6 @@ import triton  # noqa: E402
 from launches import DTYPES, Case, Launch, recorded_launches, shipped_cases  # noqa: E402
 from machine_code import (  # noqa: E402
     OPCODE_CLASSES,
-    loads_ahead,
     narrow_offsets,
     opcode_class,
     sass_instructions,
@@ -92,7 +90,6 @@ class StaticResult:
     loop_instructions: int = 0  # of the step loop, or of the whole kernel where it has no loop
     loop_steps_unrolled: int = 1  # iterations of the source that the machine code joined into one
     slots: float = 0.0  # issue slots per element
-    loads_ahead: float = 1.0  # least part of the loop from a load to a wait for it; NVIDIA only
     opcodes: dict = field(default_factory=dict)  # full opcode -> count in the step loop
     mix: dict = field(default_factory=dict)  # class -> issue slots per element
     asm: dict = field(default_factory=dict, repr=False)  # ttir, ttgir, ptx, sass | amdgcn
@@ -172,7 +169,6 @@ def _read_cuda(kernel, texts: dict, launch: Launch, target: str) -> StaticResult
         loop_instructions=len(loop),
         loop_steps_unrolled=unrolled,
         slots=round(len(loop) * slots_each, 1),
-        loads_ahead=loads_ahead(texts["sass"], loop),
         opcodes=dict(Counter(i.opcode for i in loop).most_common()),
         mix={name: round(mix[name] * slots_each, 2) for name in OPCODE_CLASSES if mix[name]},
         asm=texts,
@@ -310,7 +306,7 @@ def table(rows: list[dict]) -> str:
         classes = [name for name in OPCODE_CLASSES if any(name in row["mix"] for row in of_target)]
         head = ["op", "kernel", "mode", *COLUMNS]
         if classes:
-            head += ["slots", "useful_slots", "loads_ahead", *classes]
+            head += ["slots", "useful_slots", *classes]
         lines += [f"\n## {target}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for row in of_target:
             known = row | row["constants"] | row["options"] | row["mix"]

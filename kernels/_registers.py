@@ -7,8 +7,9 @@ of its own channel in the first half of the registers, of its neighbour's in the
 meet the same values of B and C, so a lane reads half as many, and sums over channels begin inside
 it; what is one number per channel, such as dt, the two lanes exchange (`of_both`).
 
-Rows of u, delta and z are tuples of (BLOCK_D,), one for each of the STEPS steps of an iteration; B
-and C are tiles of one value a lane, which shared memory spreads.
+Rows of u, delta and z are tuples of (BLOCK_D,), one for each of the STEPS steps of an iteration,
+and so are those of B and C, (dstate,): rows of tiles, which asynchronous copies bring to shared
+memory.
 """
 
 import triton
@@ -114,25 +115,6 @@ def to_float32(values):
 
 
 @triton.jit
-def used_up(values):
-    """The values in other registers: loads into their own can begin at once, nothing waits for
-    these before the next iteration. 0 is added, which no compiler may leave out: -0 changes."""
-    copies = ()
-    for k in tl.static_range(len(values)):
-        copies = copies + (values[k] + 0.0,)
-    return copies
-
-
-@triton.jit
-def times(values, factor):
-    """The values times a factor; to loads as good as `used_up`."""
-    products = ()
-    for k in tl.static_range(len(values)):
-        products = products + (values[k] * factor,)
-    return products
-
-
-@triton.jit
 def only(values, mask):
     """The values where the mask holds, 0 elsewhere."""
     kept = ()
@@ -162,85 +144,97 @@ def row_of(t, seqlen, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def behind(i: tl.constexpr, t0, seqlen, EVEN_L: tl.constexpr, REVERSE: tl.constexpr):
-    """Rows from step t0 to step t0 + i, at most to the last step: a constant in full chunks."""
-    if EVEN_L:
-        rows = i
-    else:
-        rows = tl.minimum(i, seqlen - 1 - t0)
-    if REVERSE:
-        return -rows
-    else:
-        return rows
-
-
-@triton.jit
 def load_rows(
-    ptr, stride_l: tl.constexpr, t0, seqlen, offs_d, STEPS: tl.constexpr, EVEN_L: tl.constexpr,
+    ptr, stride_l: tl.constexpr, t0, seqlen, columns, STEPS: tl.constexpr, SPLIT: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """STEPS rows of a (seqlen, dim) tensor from step t0 on, as memory holds them, and none outside
-    the sequence."""
-    t0 = tl.minimum(t0, seqlen - (STEPS if EVEN_L else 1))
-    at = ptr + row_of(t0, seqlen, REVERSE) * stride_l + offs_d
-    rows = ()
-    for i in tl.static_range(STEPS):
-        rows = rows + (tl.load(at + behind(i, t0, seqlen, EVEN_L, REVERSE) * stride_l),)
-    return rows
+    """STEPS rows of a (seqlen, dim) tensor from step t0 on, float32, the last one again behind the
+    end: a tile at once, or row by row where lanes are at steps of their own."""
+    if SPLIT == 1:
+        t = tl.minimum(t0 + tl.arange(0, triton.next_power_of_2(STEPS)), seqlen - 1)
+        at = ptr + (row_of(t, seqlen, REVERSE) * stride_l)[:, None] + columns[None, :]
+        return to_float32(_rows_of_tile(tl.load(at)))
+    else:
+        rows = ()
+        for i in tl.static_range(STEPS):
+            row = row_of(tl.minimum(t0 + i, seqlen - 1), seqlen, REVERSE)
+            rows = rows + (tl.load(ptr + row * stride_l + columns),)
+        return to_float32(rows)
 
 
 @triton.jit
-def load_states_by_step(
+def _load_tile_of_states(
+    ptr, stride_l: tl.constexpr, t0, seqlen, dstate: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr, LANES: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """STEPS rows of B or C, float32, with zeros up to full registers."""
+    WIDTH: tl.constexpr = triton.next_power_of_2(triton.cdiv(dstate, BLOCK_N)) * BLOCK_N
+    # No copy of less than 4 bytes a lane is asynchronous; more rows than needed make it so
+    FULL: tl.constexpr = 1024 // (WIDTH * ptr.dtype.element_ty.primitive_bitwidth)
+    MOST: tl.constexpr = 16 * LANES * BLOCK_N // WIDTH
+    ROWS: tl.constexpr = max(triton.next_power_of_2(STEPS), min(FULL, MOST))
+    t = tl.minimum(t0 + tl.arange(0, ROWS), seqlen - 1)
+    offs_n = tl.arange(0, WIDTH)[None, :]
+    at = ptr + (row_of(t, seqlen, REVERSE) * stride_l)[:, None] + offs_n
+    if dstate == WIDTH:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=offs_n < dstate, other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def first_states(
     ptr, stride_l: tl.constexpr, t0, seqlen, offs, dstate: tl.constexpr, BLOCK_N: tl.constexpr,
     STEPS: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """STEPS steps of B or C from t0 on, float32 while a lane has few values: tiles of one value a
-    lane, LANES rows for each register of a step; or all registers, where each lane is at a step of
-    its own."""
-    LANES: tl.constexpr = len(offs)
-    EACH: tl.constexpr = triton.next_power_of_2(triton.cdiv(dstate, BLOCK_N))
-    values = ()
-    if SPLIT == 1:
-        ROWS: tl.constexpr = triton.next_power_of_2(STEPS) * EACH
-        TILE: tl.constexpr = min(ROWS, max(32 // BLOCK_N, 1))
-        for k in tl.static_range(ROWS // TILE):
-            row = k * TILE + tl.arange(0, TILE)
-            t = tl.minimum(t0 + row // EACH, seqlen - 1)
-            # Of each register first what even lanes take, then what odd ones take
-            part = row % LANES * (EACH // LANES) + row % EACH // LANES
-            offs_n = part[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-            at = ptr + (row_of(t, seqlen, REVERSE) * stride_l)[:, None] + offs_n
-            if dstate == EACH * BLOCK_N:
-                tile = tl.load(at)
-            else:
-                tile = tl.load(at, mask=offs_n < dstate, other=0.0)
-            values = values + (tile.to(tl.float32),)
+    """What `states_by_step` gets in the first iteration."""
+    if SPLIT > 1 or ptr.dtype.element_ty == tl.float32:
+        return 0
     else:
+        return _load_tile_of_states(
+            ptr, stride_l, t0, seqlen, dstate, BLOCK_N, STEPS, len(offs), REVERSE
+        )
+
+
+@triton.jit
+def states_by_step(
+    tile, ptr, stride_l: tl.constexpr, t0, t_next, seqlen, offs, dstate: tl.constexpr,
+    BLOCK_N: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """As `load_rows` of B or C: for each step its registers, one behind the other, the same for
+    every channel; and the tile for the next iteration. 16-bit values are widened where they are
+    copied, once, and an iteration before all lanes read them, else each lane would do it."""
+    LANES: tl.constexpr = len(offs)
+    if SPLIT == 1:
+        if ptr.dtype.element_ty == tl.float32:
+            now = _load_tile_of_states(
+                ptr, stride_l, t0, seqlen, dstate, BLOCK_N, STEPS, LANES, REVERSE
+            )
+            later = tile
+        else:
+            now = tile
+            later = _load_tile_of_states(
+                ptr, stride_l, t_next, seqlen, dstate, BLOCK_N, STEPS, LANES, REVERSE
+            )
+        # What the lanes that share a channel's states meet lies side by side
+        ROWS: tl.constexpr = now.shape[0]
+        PARTS: tl.constexpr = now.shape[1] // (LANES * BLOCK_N)
+        now = tl.permute(tl.reshape(now, (ROWS, LANES, PARTS, BLOCK_N)), (0, 2, 1, 3))
+        return _rows_of_tile(tl.reshape(now, (ROWS * PARTS, LANES * BLOCK_N))), later
+    else:
+        values = ()
         for i in tl.static_range(STEPS):
             row = row_of(tl.minimum(t0 + i, seqlen - 1), seqlen, REVERSE)
-            step = load_alike(ptr + row * stride_l, offs, dstate, BLOCK_N)
-            values = values + to_float32(step)
-    return values
+            values = values + load_alike(ptr + row * stride_l, offs, dstate, BLOCK_N)
+        return to_float32(values), tile
 
 
 @triton.jit
-def share_out(tiles, SPLIT: tl.constexpr, LANES: tl.constexpr):
-    """Registers of all steps from `load_states_by_step`, the same for every channel."""
-    if SPLIT == 1:
-        rows = ()
-        for k in tl.static_range(len(tiles)):
-            rows = rows + rows_of_tile(tiles[k], LANES)
-        return rows
-    else:
-        return tiles
-
-
-@triton.jit
-def rows_of_tile(tile, LANES: tl.constexpr):
-    """The rows of a tile, LANES at a time, a power of 2 of at most 16 times. A lane gets the
-    columns that it works on, through shared memory where it had loaded others."""
-    COUNT: tl.constexpr = tile.shape[0] // LANES
-    WIDTH: tl.constexpr = tile.shape[1] * LANES
+def _rows_of_tile(tile):
+    """The rows of a tile, a power of 2 of at most 16."""
+    COUNT: tl.constexpr = tile.shape[0]
+    WIDTH: tl.constexpr = tile.shape[1]
     # Bits of the row's number behind the column, the highest last: halves stay in order
     if COUNT == 1:
         parts = (tl.reshape(tile, (WIDTH,)),)

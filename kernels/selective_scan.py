@@ -19,22 +19,19 @@ Shapes: u, delta, z, y (batch, seqlen, dim); A (dim, dstate); B, C (batch, seqle
 (batch, dim, dstate). Any float dtype up to float32 in, float32 inside.
 
 Split: one warp owns one batch entry and BLOCK_D channels of one group, and walks the sequence; the
-states are a tuple of registers (`_registers.py`). B_t and C_t are the same for all channels: each
-lane loads one value of them for several steps, and shared memory gives every lane what it needs.
-Reading them there takes as long as the exponentials, so what is read has to serve two channels:
-those of a lane where channels are many (BLOCK_D = 64), else those of two lanes next to each other,
-each with half of the states of both (LANES = 2), which tell each other dt, dt u and their part of
-y. Above dstate 16 states lie side by side over lanes.
+states are a tuple of registers (`_registers.py`). B_t and C_t are the same for all channels: every
+lane reads all of them, 16 bytes at a time. One reading serves two channels where they are a lane's
+own, because channels are many (BLOCK_D = 64), or belong to two lanes next to each other, each with
+half of the states of both (LANES = 2), which tell each other dt, dt u and their part of y; sums
+over channels then begin inside a lane. Above dstate 16 states lie side by side over lanes.
 
 A few channels make too few warps. Forward, the lanes of a program then share out SPLIT pieces of
 the sequence: each walks its piece twice, first from no state for the one that it leaves, which
 gives the states that enter the pieces, then from that for y.
 
-A step's rows are used once, far from any cache, and a few warps hide nothing, so what counts is
-when loads begin. The loops run STEPS steps per iteration and load what the next one needs first of
-all. That works only where the registers loaded into hold nothing that is still needed: rows are
-widened and tiles copied (`used_up`) before. Else the assembler puts the loads last, or makes other
-instructions wait for them; benchmarks/NOTES.md has what each of these cost.
+A step's rows are used once, far from any cache, and one or two warps a scheduler hide nothing. So
+the loops copy tiles of STEPS rows to shared memory, asynchronously, two iterations before they are
+used (`STAGES`): Triton does this by itself where a lane copies at least 4 bytes.
 
 In training the forward pass keeps the state before every STEPS steps (`states`); the backward pass
 re-runs these steps in registers and sweeps them in reverse. Sums over programs have two stages,
@@ -55,12 +52,14 @@ from . import _registers as reg
 from ._device import LN2, LOG2E
 
 MAX_DSTATE = 64
+STAGES = tl.constexpr(3)  # iterations in flight
 
 
 class Config(NamedTuple):
-    """Launch parameters for up to `dstate` states and `channels` = batch * dim."""
+    """Launch parameters for up to `dstate` states, `seqlen` steps and `channels` = batch * dim."""
 
     dstate: int
+    seqlen: float
     channels: float
     STEPS: tuple[int, ...]  # the first of those that walk the fewest steps
     BLOCK_D: int
@@ -73,17 +72,26 @@ class Config(NamedTuple):
 ANY = float("inf")
 # The first that serves a call. `make static-report` counts registers, spills and instructions.
 FORWARD = (
-    Config(8, 2048, (7, 4), 32, 4, 2, 16, "16 times the warps, twice the work: one image in 9 us"),
-    Config(8, 8192, (7,), 32, 4, 2, 8, "8 times the warps for twice the work: 20 us instead of 22"),
-    Config(8, 45000, (8, 7), 32, 4, 2, 1, "loads far ahead; 7 divides windows of 7 x 7, 14 x 14"),
-    Config(8, ANY, (8, 7), 64, 4, 1, 1, "two channels a lane read B and C once"),
-    Config(16, ANY, (4,), 32, 4, 2, 1, "twice the registers per step, so half the steps"),
-    Config(64, ANY, (2,), 8, 16, 1, 1, "64 states fit no lane; 4 lanes a channel hold them"),
+    Config(8, ANY, 2048, (7, 4), 32, 4, 2, 16, "16 times the warps, twice the work: 10 us, not 21"),
+    Config(8, ANY, 8192, (7,), 32, 4, 2, 8, "8 times the warps for twice the work"),
+    Config(8, ANY, 45000, (8, 7), 32, 4, 1, 1, "7 divides windows of 7 x 7 and 14 x 14"),
+    Config(8, 64, ANY, (8, 7), 32, 4, 1, 1, "more warps hide where short sequences begin and end"),
+    Config(8, ANY, ANY, (8, 7), 64, 4, 1, 1, "two channels a lane read B and C once"),
+    Config(16, ANY, ANY, (4,), 32, 4, 2, 1, "twice the registers per step, so half the steps"),
+    Config(64, ANY, ANY, (2,), 8, 16, 1, 1, "64 states fit no lane; 4 lanes a channel hold them"),
+)
+# Forward passes that keep states: one for each run of steps that the backward pass takes.
+KEEPING = (
+    Config(8, ANY, 45000, (8,), 32, 4, 1, 1, "29 us at T, stage 3; 33 with 4 steps"),
+    Config(8, 512, ANY, (4,), 32, 4, 1, 1, "61 us at L, stage 3; 72 with 8 steps, 71 with 64 wide"),
+    Config(8, ANY, ANY, (8,), 64, 4, 1, 1, "390 us at 1024 x 512, 445 with 32 wide"),
+    Config(16, ANY, ANY, (4,), 32, 4, 2, 1, "as above"),
+    Config(64, ANY, ANY, (2,), 8, 16, 1, 1, "as above"),
 )
 BACKWARD = (
-    Config(8, ANY, (4,), 32, 4, 2, 1, "192 slots a step; 7 steps take 16 s to compile"),
-    Config(16, ANY, (2,), 32, 4, 2, 1, "twice the registers per step, so half the steps"),
-    Config(64, ANY, (2,), 4, 16, 1, 1, "64 states fit no lane; 8 lanes a channel hold them"),
+    Config(8, ANY, ANY, (4,), 32, 4, 2, 1, "193 slots a step; 7 steps take 16 s to compile"),
+    Config(16, ANY, ANY, (2,), 32, 4, 2, 1, "twice the registers per step, so half the steps"),
+    Config(64, ANY, ANY, (2,), 4, 16, 1, 1, "64 states fit no lane; 8 lanes a channel hold them"),
 )
 # One warp per program: a channel's work is sequential, more warps help only by number. Fusing
 # a * b + c is a quarter of the arithmetic, and Triton releases differ in their default. Left alone,
@@ -94,32 +102,24 @@ if not torch.version.hip:
     OPTIONS["maxnreg"] = 255
 
 
-def _config(table, channels, dstate, fits=lambda config: True):
-    return next(c for c in table if dstate <= c.dstate and channels <= c.channels and fits(c))
+def _config(table, dstate, seqlen=ANY, channels=ANY):
+    return next(
+        c for c in table if dstate <= c.dstate and seqlen <= c.seqlen and channels <= c.channels
+    )
 
 
 @cache
 def _forward_constants(batch, seqlen, dim, groups, dstate, save_states):
     """STEPS, BLOCK_D, BLOCK_N, LANES, SPLIT, EVEN_L, EVEN_D, KEEP of a launch."""
-    keep = _config(BACKWARD, ANY, dstate).STEPS[0]
-
-    def keeps_states(config):
-        # So few steps an iteration leave no time to load two channels a lane
-        return config.SPLIT == 1 and (seqlen > 64 or config.BLOCK_D <= 32)
-
-    if not save_states:
-        config = _config(FORWARD, batch * dim, dstate)
-    else:
-        config = _config(FORWARD, batch * dim, dstate, keeps_states)
-        # A state for each run of steps that the backward pass takes; two of them in long sequences
-        config = config._replace(STEPS=(2 * keep if seqlen > 64 else keep,))
+    config = _config(KEEPING if save_states else FORWARD, dstate, seqlen, batch * dim)
+    keep = _config(BACKWARD, dstate).STEPS[0]
     return *_constants(config, seqlen, dim // groups, dstate), keep
 
 
 @cache
 def _backward_constants(seqlen, dim, groups, dstate):
     """As above, but for KEEP."""
-    return _constants(_config(BACKWARD, ANY, dstate), seqlen, dim // groups, dstate)
+    return _constants(_config(BACKWARD, dstate), seqlen, dim // groups, dstate)
 
 
 def _constants(config, seqlen, group_dim, dstate):
@@ -138,10 +138,10 @@ def _owned_channels(
     dim, group_dim, BLOCK_D: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr,
     EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    """Batch entry, channel block, group, channels and which of them are this program's, both for
-    each channel that a lane has states of, its own first. Everything lies on grid axis 0, and the
-    program id is 64 bits wide before it meets a stride: neither 65,535 batch entries nor 2^31
-    elements are a limit."""
+    """Batch entry, channel block, group, columns of its rows, channels and which of them are this
+    program's, the last two for each channel that a lane has states of, its own first. Everything
+    lies on grid axis 0, and the program id is 64 bits wide before it meets a stride: neither 65,535
+    batch entries nor 2^31 elements are a limit."""
     pid = tl.program_id(0).to(tl.int64)
     WIDTH: tl.constexpr = BLOCK_D // SPLIT
     blocks_per_group = tl.cdiv(group_dim, WIDTH)
@@ -154,12 +154,17 @@ def _owned_channels(
     begin = first
     if not EVEN_D and group_dim > WIDTH:
         begin = tl.minimum(first, group_dim - WIDTH)
+    columns = begin + tl.arange(0, BLOCK_D) % WIDTH
+    if not EVEN_D and group_dim <= WIDTH:
+        columns = tl.minimum(columns, group_dim - 1)
+    columns += group * group_dim
     offs, masks = (), ()
     for c in tl.static_range(LANES):
         channel = (tl.arange(0, BLOCK_D) ^ c) % WIDTH
         if BLOCK_D > 32:
-            # Two channels next to each other in a lane's rows would not be so in its states
-            channel = channel % 2 * 32 + channel // 2
+            # A lane's two states are not of channels next to each other, so what it loads and
+            # stores may not be either
+            channel = tl.max_contiguous(channel, 1)
         offs_in_group = begin + channel
         mask_d = tl.full((BLOCK_D,), True, tl.int1)
         if not EVEN_D:
@@ -169,7 +174,7 @@ def _owned_channels(
                 mask_d = offs_in_group < group_dim
                 offs_in_group = tl.minimum(offs_in_group, group_dim - 1)
         offs, masks = offs + (group * group_dim + offs_in_group,), masks + (mask_d,)
-    return pid // blocks, block, group, offs, masks
+    return pid // blocks, block, group, columns, offs, masks
 
 
 @triton.jit
@@ -201,8 +206,8 @@ def _step_size2(
 
 @triton.jit
 def _next_state(h, A, B_t, dt, u, LANES: tl.constexpr):
-    """exp(dt A) h + dt B u, dt in units of ln 2 and B_t times ln 2."""
-    dts, dtus = reg.of_both(dt, LANES), reg.of_both(dt * u, LANES)
+    """exp(dt A) h + dt B u, dt in units of ln 2."""
+    dts, dtus = reg.of_both(dt, LANES), reg.of_both(dt * (u * LN2), LANES)
     h_next = ()
     for r in tl.static_range(len(A)):
         dt, dtu = dts[r * LANES // len(A)][:, None], dtus[r * LANES // len(A)][:, None]
@@ -270,7 +275,9 @@ def _scan_fwd_kernel(
     STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
     SPLIT: tl.constexpr, EVEN_L: tl.constexpr, EVEN_D: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    b, _, group, offs, masks = _owned_channels(dim, group_dim, BLOCK_D, LANES, SPLIT, EVEN_D)
+    b, _, group, columns, offs, masks = _owned_channels(
+        dim, group_dim, BLOCK_D, LANES, SPLIT, EVEN_D
+    )
     offs_d, mask_d = offs[0], masks[0]
     u_ptr += b * seqlen * stride_ul
     delta_ptr += b * seqlen * stride_deltal
@@ -279,7 +286,7 @@ def _scan_fwd_kernel(
         z_ptr += b * seqlen * stride_zl
     A = reg.load_states(A_ptr, offs, dstate, BLOCK_N)
     if CONST_B:
-        B_t = reg.times(reg.load_states(B_ptr, offs, dstate, BLOCK_N), LN2)
+        B_t = reg.load_states(B_ptr, offs, dstate, BLOCK_N)
     else:
         B_ptr += b * seqlen * stride_Bl + group * stride_Bg
     if CONST_C:
@@ -298,66 +305,50 @@ def _scan_fwd_kernel(
         start = piece * length
         h0, h = h, reg.only(h, (piece == 0)[:, None])
         total = tl.zeros((BLOCK_D,), tl.float32)
-        for walked in range(0, length, STEPS):
+        for walked in tl.range(0, length, STEPS, num_stages=STAGES):
             t0 = start + walked
-            us = reg.load_rows(u_ptr, stride_ul, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+            us = reg.load_rows(u_ptr, stride_ul, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
             deltas = reg.load_rows(
-                delta_ptr, stride_deltal, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE
+                delta_ptr, stride_deltal, t0, seqlen, columns, STEPS, SPLIT, REVERSE
             )
             if not CONST_B:
-                Bs = reg.load_states_by_step(
-                    B_ptr, stride_Bl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
-                )
+                Bs, nothing = reg.states_by_step(
+                    0, B_ptr, stride_Bl, t0, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT,
+                    REVERSE,
+                )  # fmt: skip
             for i in tl.static_range(STEPS):
-                u, delta = us[i].to(tl.float32), deltas[i].to(tl.float32)
-                dt = _step_size2(delta, delta_bias2, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
+                dt = _step_size2(deltas[i], delta_bias2, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
                 total += dt
                 if not CONST_B:
-                    B_t = reg.times(reg.of_step(Bs, i, dstate, BLOCK_N, SPLIT, LANES), LN2)
-                h = _next_state(h, A, B_t, dt, u, LANES)
+                    B_t = reg.of_step(Bs, i, dstate, BLOCK_N, SPLIT, LANES)
+                h = _next_state(h, A, B_t, dt, us[i], LANES)
         h = _state_before_piece(h0, h, A, total, piece, SPLIT, LANES)
 
-    u_rows = reg.load_rows(u_ptr, stride_ul, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
-    delta_rows = reg.load_rows(
-        delta_ptr, stride_deltal, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE
-    )
-    if z_ptr is not None:
-        z_rows = reg.load_rows(z_ptr, stride_zl, start, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+    y_ptr += reg.row_of(start, seqlen, REVERSE) * stride_yl + offs_d
     if not CONST_B:
-        B_tiles = reg.load_states_by_step(
+        B_tile = reg.first_states(
             B_ptr, stride_Bl, start, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
         )
     if not CONST_C:
-        C_tiles = reg.load_states_by_step(
+        C_tile = reg.first_states(
             C_ptr, stride_Cl, start, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
         )
-    y_ptr += reg.row_of(start, seqlen, REVERSE) * stride_yl + offs_d
-    for walked in range(0, length, STEPS):
+    for walked in tl.range(0, length, STEPS, num_stages=STAGES):
         t0 = start + walked
-        t1 = t0 + STEPS
-        us, deltas = reg.to_float32(u_rows), reg.to_float32(delta_rows)
-        u_rows = reg.load_rows(u_ptr, stride_ul, t1, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
-        delta_rows = reg.load_rows(
-            delta_ptr, stride_deltal, t1, seqlen, offs_d, STEPS, EVEN_L, REVERSE
-        )
+        us = reg.load_rows(u_ptr, stride_ul, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
+        deltas = reg.load_rows(delta_ptr, stride_deltal, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
         if z_ptr is not None:
-            zs = reg.to_float32(z_rows)
-            z_rows = reg.load_rows(z_ptr, stride_zl, t1, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
+            zs = reg.load_rows(z_ptr, stride_zl, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
         if not CONST_B:
-            Bs = reg.times(B_tiles, LN2)
-            B_tiles = reg.load_states_by_step(
-                B_ptr, stride_Bl, t1, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
-            )
+            Bs, B_tile = reg.states_by_step(
+                B_tile, B_ptr, stride_Bl, t0, t0 + STEPS, seqlen, offs, dstate, BLOCK_N, STEPS,
+                SPLIT, REVERSE,
+            )  # fmt: skip
         if not CONST_C:
-            Cs = reg.used_up(C_tiles)
-            C_tiles = reg.load_states_by_step(
-                C_ptr, stride_Cl, t1, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
-            )
-        # What waits for shared memory comes behind these loads, and keeps them from sinking
-        if not CONST_B:
-            Bs = reg.share_out(Bs, SPLIT, LANES)
-        if not CONST_C:
-            Cs = reg.share_out(Cs, SPLIT, LANES)
+            Cs, C_tile = reg.states_by_step(
+                C_tile, C_ptr, stride_Cl, t0, t0 + STEPS, seqlen, offs, dstate, BLOCK_N, STEPS,
+                SPLIT, REVERSE,
+            )  # fmt: skip
         ys = ()
         for i in tl.static_range(STEPS):
             if states_ptr is not None and i % KEEP == 0:
@@ -378,9 +369,8 @@ def _scan_fwd_kernel(
             ys = ys + (y,)
         for i in tl.static_range(STEPS):
             mask = mask_d if EVEN_L else mask_d & (t0 + i < seqlen)
-            rest = reg.behind(i, t0, seqlen, True, REVERSE)
-            dev.store(y_ptr + rest * stride_yl, ys[i], mask)
-        y_ptr += reg.behind(STEPS, t0, seqlen, True, REVERSE) * stride_yl
+            dev.store(y_ptr + i * (-stride_yl if REVERSE else stride_yl), ys[i], mask)
+        y_ptr += STEPS * (-stride_yl if REVERSE else stride_yl)
 
     last_state_ptr += b * dim * dstate
     if SPLIT > 1:
@@ -415,7 +405,9 @@ def _scan_bwd_kernel(
     STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
     SPLIT: tl.constexpr, EVEN_L: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    b, block, group, offs, masks = _owned_channels(dim, group_dim, BLOCK_D, LANES, SPLIT, EVEN_D)
+    b, block, group, columns, offs, masks = _owned_channels(
+        dim, group_dim, BLOCK_D, LANES, SPLIT, EVEN_D
+    )
     offs_d, mask_d = offs[0], masks[0]
     chunks = tl.cdiv(seqlen, STEPS)
     dy_ptr += b * seqlen * stride_dyl
@@ -446,51 +438,36 @@ def _scan_bwd_kernel(
     dA, dB_sum, dC_sum = reg.zeros(A), reg.zeros(A), reg.zeros(A)
     dD, ddelta_bias = tl.zeros_like(D), tl.zeros_like(D)
 
-    t0 = (chunks - 1) * STEPS
-    u_rows = reg.load_rows(u_ptr, stride_ul, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
-    delta_rows = reg.load_rows(delta_ptr, stride_deltal, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
-    dy_rows = reg.load_rows(dy_ptr, stride_dyl, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
-    if z_ptr is not None:
-        z_rows = reg.load_rows(z_ptr, stride_zl, t0, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
     if not CONST_B:
-        B_tiles = reg.load_states_by_step(
-            B_ptr, stride_Bl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
+        B_tile = reg.first_states(
+            B_ptr, stride_Bl, (chunks - 1) * STEPS, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
         )
     if not CONST_C:
-        C_tiles = reg.load_states_by_step(
-            C_ptr, stride_Cl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
+        C_tile = reg.first_states(
+            C_ptr, stride_Cl, (chunks - 1) * STEPS, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
         )
-    last = states_ptr + tl.cast(chunks - 1, tl.int64) * dim * dstate
-    kept = reg.load_states(last, offs, dstate, BLOCK_N)
-    for k in range(chunks):
+    for k in tl.range(0, chunks, num_stages=STAGES):
         t0 = (chunks - 1 - k) * STEPS
         first = reg.row_of(t0, seqlen, REVERSE)
-        before = tl.maximum(t0 - STEPS, 0)
-        h = reg.used_up(kept)
-        at = states_ptr + tl.cast(before // STEPS, tl.int64) * dim * dstate
-        kept = reg.load_states(at, offs, dstate, BLOCK_N)
+        at = states_ptr + tl.cast(chunks - 1 - k, tl.int64) * dim * dstate
+        h = reg.load_states(at, offs, dstate, BLOCK_N)
+        us = reg.load_rows(u_ptr, stride_ul, t0, seqlen, columns, STEPS, 1, REVERSE)
+        deltas = reg.load_rows(delta_ptr, stride_deltal, t0, seqlen, columns, STEPS, 1, REVERSE)
+        dys = reg.load_rows(dy_ptr, stride_dyl, t0, seqlen, columns, STEPS, 1, REVERSE)
+        if z_ptr is not None:
+            zs = reg.load_rows(z_ptr, stride_zl, t0, seqlen, columns, STEPS, 1, REVERSE)
         if not CONST_B:
-            Bs = reg.share_out(B_tiles, 1, LANES)
-            B_tiles = reg.load_states_by_step(
-                B_ptr, stride_Bl, before, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
-            )
+            Bs, B_tile = reg.states_by_step(
+                B_tile, B_ptr, stride_Bl, t0, tl.maximum(t0 - STEPS, 0), seqlen, offs, dstate,
+                BLOCK_N, STEPS, 1, REVERSE,
+            )  # fmt: skip
         if not CONST_C:
-            Cs = reg.share_out(C_tiles, 1, LANES)
-            C_tiles = reg.load_states_by_step(
-                C_ptr, stride_Cl, before, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
-            )
-        us, deltas = reg.to_float32(u_rows), reg.to_float32(delta_rows)
-        dys = reg.to_float32(dy_rows)
+            Cs, C_tile = reg.states_by_step(
+                C_tile, C_ptr, stride_Cl, t0, tl.maximum(t0 - STEPS, 0), seqlen, offs, dstate,
+                BLOCK_N, STEPS, 1, REVERSE,
+            )  # fmt: skip
         if not EVEN_D:
             us, dys = reg.only(us, mask_d), reg.only(dys, mask_d)
-        u_rows = reg.load_rows(u_ptr, stride_ul, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
-        delta_rows = reg.load_rows(
-            delta_ptr, stride_deltal, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE
-        )
-        dy_rows = reg.load_rows(dy_ptr, stride_dyl, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
-        if z_ptr is not None:
-            zs = reg.to_float32(z_rows)
-            z_rows = reg.load_rows(z_ptr, stride_zl, before, seqlen, offs_d, STEPS, EVEN_L, REVERSE)
 
         # Forward again: dt_t, dt_t u_t and p_t of the chunk
         dts, dtus, ps = (), (), ()
@@ -556,12 +533,12 @@ def _scan_bwd_kernel(
                     sums = reg.halve(g_t, dtu, h_t, dy_n, dstate, BLOCK_N) + sums
                 else:
                     at = dBC_ptr + first * 2 * dstate
-                    at += reg.behind(i, t0, seqlen, True, REVERSE) * 2 * dstate
+                    at += (-i if REVERSE else i) * 2 * dstate
                     in_seq = t0 + i < seqlen
                     reg.store_sums_of_step(at, g_t, dtu[0], h_t, dy, in_seq, dstate, BLOCK_N)
 
         for i in tl.static_range(STEPS):
-            at = first * dim + offs_d + reg.behind(i, t0, seqlen, True, REVERSE) * dim
+            at = first * dim + offs_d + (-i if REVERSE else i) * dim
             mask = mask_d
             if not EVEN_L:
                 mask = mask_d & (t0 + i < seqlen)
@@ -610,7 +587,7 @@ def _blocks(dim, groups, width):
 def states_shape(batch, seqlen, dim, dstate):
     """What the forward pass keeps: the state before every run of steps that is run again."""
     # Sizes may be symbols
-    return batch, -(-seqlen // _config(BACKWARD, ANY, dstate).STEPS[0]), dim, dstate
+    return batch, -(-seqlen // _config(BACKWARD, dstate).STEPS[0]), dim, dstate
 
 
 def selective_scan_fwd(

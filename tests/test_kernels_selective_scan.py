@@ -83,27 +83,37 @@ def test_mixed_dtypes(case):
 
 
 def str_of_config(config):
-    return f"{config.BLOCK_D}x{config.LANES}x{config.SPLIT}"
+    return "x".join(map(str, (*config.STEPS, config.BLOCK_D, config.LANES, config.SPLIT)))
 
 
-LINES = [c for c in module.FORWARD if c.dstate == 8]
-WHOLE = [c for c in LINES if c.SPLIT == 1]
+def different(table):
+    """The lines for 8 states, but for those that differ in nothing but which calls they serve."""
+    return list({str_of_config(c): c for c in table if c.dstate == 8}.values())
 
 
-@pytest.fixture(params=LINES, ids=str_of_config)
+@pytest.fixture
 def config(request, monkeypatch):
-    """Every forward pass by this line of the table, however many channels there are."""
-    wide = [c for c in module.FORWARD if c.dstate > 8]
-    table = (request.param._replace(channels=module.ANY), *wide)
-    monkeypatch.setattr(module, "FORWARD", table)
+    """Every forward pass by this line of this table, however long and wide it is."""
+    table, line = request.param
+    wide = [c for c in getattr(module, table) if c.dstate > 8]
+    line = line._replace(seqlen=module.ANY, channels=module.ANY)
+    monkeypatch.setattr(module, table, (line, *wide))
     module._forward_constants.cache_clear()
-    yield request.param
+    yield line
     module._forward_constants.cache_clear()
+
+
+def each_line(name):
+    lines = [(name, line) for line in different(getattr(module, name))]
+    return pytest.mark.parametrize(
+        "config", lines, ids=lambda given: str_of_config(given[1]), indirect=True
+    )
 
 
 WITHOUT_GRADIENTS = FAST + [case for case in LONG if case.seqlen in (128, 196, 197)]
 
 
+@each_line("FORWARD")
 @pytest.mark.parametrize("case", WITHOUT_GRADIENTS, ids=ids(WITHOUT_GRADIENTS))
 def test_without_gradients(case, config):
     tensors = scan_inputs(case, device=DEVICE)
@@ -118,18 +128,13 @@ def test_without_gradients(case, config):
     assert_close(found, own, exact, tolerances=TOLERANCES if DEVICE == "cuda" else INTERPRETED)
 
 
-# Up to 64 steps, states are kept by no line with two channels a lane
-KEPT = [*SHAPES, ScanCase("longer-than-a-window", dim=72, seqlen=66)]
-
-
-@pytest.mark.parametrize("config", WHOLE, ids=str_of_config, indirect=True)
-@pytest.mark.parametrize("case", KEPT, ids=ids(KEPT))
+@each_line("KEEPING")
+@pytest.mark.parametrize("case", SHAPES, ids=ids(SHAPES))
 def test_with_gradients(case, config):
-    """By each line that walks a sequence once, and so can keep states."""
     check(case)
-    if case.seqlen > 64:
+    if case.dstate <= 8:
         constants = module._forward_constants(1, case.seqlen, case.dim, 1, case.dstate, True)
-        assert constants[1] == config.BLOCK_D
+        assert constants[:2] == (*config.STEPS, config.BLOCK_D)
 
 
 @pytest.mark.parametrize("A", (2.0, -2.0))
