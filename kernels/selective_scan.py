@@ -312,9 +312,10 @@ def _scan_fwd_kernel(
                 delta_ptr, stride_deltal, t0, seqlen, columns, STEPS, SPLIT, REVERSE
             )
             if not CONST_B:
-                Bs = reg.load_states_by_step(
-                    B_ptr, stride_Bl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
-                )
+                Bs, nothing = reg.states_by_step(
+                    0, B_ptr, stride_Bl, t0, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT,
+                    REVERSE,
+                )  # fmt: skip
             for i in tl.static_range(STEPS):
                 dt = _step_size2(deltas[i], delta_bias2, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
                 total += dt
@@ -324,6 +325,14 @@ def _scan_fwd_kernel(
         h = _state_before_piece(h0, h, A, total, piece, SPLIT, LANES)
 
     y_ptr += reg.row_of(start, seqlen, REVERSE) * stride_yl + offs_d
+    if not CONST_B:
+        B_tile = reg.first_states(
+            B_ptr, stride_Bl, start, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+        )
+    if not CONST_C:
+        C_tile = reg.first_states(
+            C_ptr, stride_Cl, start, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+        )
     for walked in tl.range(0, length, STEPS, num_stages=STAGES):
         t0 = start + walked
         us = reg.load_rows(u_ptr, stride_ul, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
@@ -331,13 +340,15 @@ def _scan_fwd_kernel(
         if z_ptr is not None:
             zs = reg.load_rows(z_ptr, stride_zl, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
         if not CONST_B:
-            Bs = reg.load_states_by_step(
-                B_ptr, stride_Bl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
-            )
+            Bs, B_tile = reg.states_by_step(
+                B_tile, B_ptr, stride_Bl, t0, t0 + STEPS, seqlen, offs, dstate, BLOCK_N, STEPS,
+                SPLIT, REVERSE,
+            )  # fmt: skip
         if not CONST_C:
-            Cs = reg.load_states_by_step(
-                C_ptr, stride_Cl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
-            )
+            Cs, C_tile = reg.states_by_step(
+                C_tile, C_ptr, stride_Cl, t0, t0 + STEPS, seqlen, offs, dstate, BLOCK_N, STEPS,
+                SPLIT, REVERSE,
+            )  # fmt: skip
         ys = ()
         for i in tl.static_range(STEPS):
             if states_ptr is not None and i % KEEP == 0:
@@ -427,6 +438,14 @@ def _scan_bwd_kernel(
     dA, dB_sum, dC_sum = reg.zeros(A), reg.zeros(A), reg.zeros(A)
     dD, ddelta_bias = tl.zeros_like(D), tl.zeros_like(D)
 
+    if not CONST_B:
+        B_tile = reg.first_states(
+            B_ptr, stride_Bl, (chunks - 1) * STEPS, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
+        )
+    if not CONST_C:
+        C_tile = reg.first_states(
+            C_ptr, stride_Cl, (chunks - 1) * STEPS, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
+        )
     for k in tl.range(0, chunks, num_stages=STAGES):
         t0 = (chunks - 1 - k) * STEPS
         first = reg.row_of(t0, seqlen, REVERSE)
@@ -438,13 +457,15 @@ def _scan_bwd_kernel(
         if z_ptr is not None:
             zs = reg.load_rows(z_ptr, stride_zl, t0, seqlen, columns, STEPS, 1, REVERSE)
         if not CONST_B:
-            Bs = reg.load_states_by_step(
-                B_ptr, stride_Bl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
-            )
+            Bs, B_tile = reg.states_by_step(
+                B_tile, B_ptr, stride_Bl, t0, tl.maximum(t0 - STEPS, 0), seqlen, offs, dstate,
+                BLOCK_N, STEPS, 1, REVERSE,
+            )  # fmt: skip
         if not CONST_C:
-            Cs = reg.load_states_by_step(
-                C_ptr, stride_Cl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
-            )
+            Cs, C_tile = reg.states_by_step(
+                C_tile, C_ptr, stride_Cl, t0, tl.maximum(t0 - STEPS, 0), seqlen, offs, dstate,
+                BLOCK_N, STEPS, 1, REVERSE,
+            )  # fmt: skip
         if not EVEN_D:
             us, dys = reg.only(us, mask_d), reg.only(dys, mask_d)
 
@@ -711,8 +732,8 @@ def selective_scan_bwd(
 
 class SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        *inputs, grad_enabled = arguments
+    def forward(ctx, *inputs):
+        *inputs, grad_enabled = inputs
         save_states = grad_enabled and any(ctx.needs_input_grad)
         y, last_state, states = selective_scan_fwd(*inputs, save_states)
         *tensors, ctx.delta_softplus, ctx.reverse = inputs
