@@ -31,7 +31,7 @@ class Fault:
 
 FAULTS = [
     Fault(
-        "sign of dC", SCAN, "reg.halve(g_t, dtu, h_t,", "reg.halve(g_t, dtu, reg.times(h_t, -1.0),",
+        "decayed state taken for dC", SCAN, "reg.halve(g_t, dtu, h_t,", "reg.halve(g_t, dtu, p,",
         "selective_scan.py::test_float32[two-blocks-and-a-mask]", "dC",
     ),
     Fault(
@@ -51,8 +51,7 @@ FAULTS = [
     ),
     Fault(
         "wrong chunk boundary", SCAN,
-        "at = states_ptr + tl.cast(before // STEPS, tl.int64) * dim",
-        "at = states_ptr + tl.cast(k, tl.int64) * dim",
+        "states_ptr + tl.cast(chunks - 1 - k, tl.int64)", "states_ptr + tl.cast(k, tl.int64)",
         "selective_scan.py::test_float32[everything-7]", "ddelta",
     ),
     Fault(
@@ -72,14 +71,14 @@ FAULTS = [
         "selective_scan.py::test_float32[two-blocks-and-a-mask]", "dB",
     ),
     Fault(
-        "wide block's channels in another order", SCAN,
-        "channel % 2 * 32 + channel // 2", "channel % 2 * 32 + channel // 4",
-        "selective_scan.py::test_without_gradients[64x1x1-wide-block-and-a-rest]", "y",
+        "upper half of a wide block's rows taken from the lower one", SCAN,
+        "begin + tl.arange(0, BLOCK_D) % WIDTH", "begin + tl.arange(0, BLOCK_D) % 32",
+        "selective_scan.py::test_without_gradients[wide-block-and-a-rest-8x7x64x1x1]", "y",
     ),
     Fault(
         "own step size taken for the neighbour's", REGISTERS,
         "return x, _across(x, 1)", "return x, x",
-        "selective_scan.py::test_float32[one-full-block]", "y",
+        "selective_scan.py::test_float32[one-full-block]", "du",
     ),
     Fault(
         "neighbour's states left out of dC", REGISTERS,
@@ -88,8 +87,19 @@ FAULTS = [
     ),
     Fault(
         "even lane's values for both lanes", REGISTERS,
-        "part = row % LANES * (EACH // LANES)", "part = 0 * row * (EACH // LANES)",
-        "selective_scan.py::test_float32[one-full-block]", "y",
+        "tl.broadcast_to(for_pair,", "tl.broadcast_to(tl.max(for_pair, 1)[:, None, :],",
+        "selective_scan.py::test_float32[one-full-block]", "du",
+    ),
+    Fault(
+        "states of two lanes not side by side", REGISTERS,
+        "(ROWS, LANES, PARTS, BLOCK_N)), (0, 2, 1, 3))",
+        "(ROWS, PARTS, LANES, BLOCK_N)), (0, 1, 2, 3))",
+        "selective_scan.py::test_float32[dstate-16]", "y",
+    ),
+    Fault(
+        "16-bit values of this iteration for the next one, too", REGISTERS,
+        "ptr, stride_l, t_next, seqlen, dstate", "ptr, stride_l, t0, seqlen, dstate",
+        "selective_scan.py::test_16_bit_without_gradients[float16-8x7x32x1x1]", "y",
     ),
     Fault(
         "B and C swapped", SCAN,
@@ -99,17 +109,17 @@ FAULTS = [
     Fault(
         "piece entered by its own state", SCAN,
         "h0[r], _lane_before(left, WIDTH))", "h0[r], left)",
-        "selective_scan.py::test_without_gradients[32x2x16-initial-state]", "y",
+        "selective_scan.py::test_without_gradients[initial-state-7x4x32x2x16]", "y",
     ),
     Fault(
         "decays of earlier pieces not composed", SCAN,
         "decay *= tl.where(more, composed, 1.0)", "decay *= tl.where(more, 1.0, 1.0)",
-        "selective_scan.py::test_without_gradients[32x2x16-length-196]", "y",
+        "selective_scan.py::test_without_gradients[length-196-7x4x32x2x16]", "y",
     ),
     Fault(
         "first piece begins without the initial state", SCAN,
         "reg.only(h, (piece == 0)[:, None])", "reg.only(h, (piece < 0)[:, None])",
-        "selective_scan.py::test_without_gradients[32x2x8-initial-state]", "y",
+        "selective_scan.py::test_without_gradients[initial-state-7x32x2x8]", "y",
     ),
     Fault(
         "dB taken for dC", SCAN, "over_all)[..., dstate:]", "over_all)[..., :dstate]",
@@ -143,10 +153,6 @@ FAULTS = [
         "selective_scan.py::test_float32[reverse]", "y",
     ),
     Fault(
-        "rows of this iteration loaded again", SCAN, "t1 = t0 + STEPS", "t1 = t0",
-        "selective_scan.py::test_without_gradients[32x2x1-length-196]", "y",
-    ),
-    Fault(
         "registers of a step mixed up", REGISTERS,
         "rows[i * triton.next_power_of_2(R) + r]\n",
         "rows[i * triton.next_power_of_2(R) + R - 1 - r]\n",
@@ -155,7 +161,7 @@ FAULTS = [
     Fault(
         "halves of a tile in the wrong order", REGISTERS,
         "(2, 2, WIDTH)), (2, 1, 0)", "(2, 2, WIDTH)), (2, 0, 1)",
-        "selective_scan.py::test_float32[one-full-block]", "y",
+        "selective_scan.py::test_float32[one-full-block]", "du",
     ),
     Fault(
         "initial state of the first entry for all", REGISTERS,

@@ -113,10 +113,8 @@ def each_line(name):
 WITHOUT_GRADIENTS = FAST + [case for case in LONG if case.seqlen in (128, 196, 197)]
 
 
-@each_line("FORWARD")
-@pytest.mark.parametrize("case", WITHOUT_GRADIENTS, ids=ids(WITHOUT_GRADIENTS))
-def test_without_gradients(case, config):
-    tensors = scan_inputs(case, device=DEVICE)
+def check_forward(case, dtype=torch.float32):
+    tensors = scan_inputs(case, dtype, DEVICE)
     found, own, exact = (
         dict(zip(("y", "last_state"), op(**x, **case.flags, return_last_state=True), strict=True))
         for op, x in (
@@ -126,6 +124,19 @@ def test_without_gradients(case, config):
         )
     )
     assert_close(found, own, exact, tolerances=TOLERANCES if DEVICE == "cuda" else INTERPRETED)
+
+
+@each_line("FORWARD")
+@pytest.mark.parametrize("case", WITHOUT_GRADIENTS, ids=ids(WITHOUT_GRADIENTS))
+def test_without_gradients(case, config):
+    check_forward(case)
+
+
+@each_line("FORWARD")
+@pytest.mark.parametrize("dtype", (HALF, BRAIN), ids=("float16", "bfloat16"))
+def test_16_bit_without_gradients(dtype, config):
+    """B and C of an iteration are widened in the one before: several iterations."""
+    check_forward(ScanCase("", batch=2, dim=72, seqlen=33), dtype)
 
 
 @each_line("KEEPING")
