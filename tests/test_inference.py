@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from cases import assert_close
 from torch import nn
 
 from mambavision import MambaVision, create_model
@@ -306,9 +307,15 @@ def test_cuda_graphs(dtype, compile):
     graphed = model.optimize_for_inference(dtype, cuda_graph=True, compile=compile)
     for x in (images(2, 3, 64, 64), images(1, 3, 50, 75), images(2, 3, 64, 64) + 1):
         x = x.to("cuda", dtype)
-        first, second = graphed(x), graphed(x + 1)
-        torch.testing.assert_close(first, optimized(x), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(second, optimized(x + 1), rtol=1e-3, atol=1e-3)
+        for given, found in ((x, graphed(x)), (x + 1, graphed(x + 1))):
+            eager = optimized(given)
+            if compile and dtype == torch.float16:
+                # Fused operators round less often: what counts is the distance to float32
+                with torch.no_grad():
+                    exact = model(given.float())
+                assert_close({"logits": found}, {"logits": eager}, {"logits": exact})
+            else:
+                torch.testing.assert_close(found, eager, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(copy.deepcopy(graphed)(x), graphed(x), rtol=1e-3, atol=1e-3)
 
 
