@@ -732,8 +732,8 @@ def selective_scan_bwd(
 
 class SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        *inputs, grad_enabled = inputs
+    def forward(ctx, *arguments):
+        *inputs, grad_enabled = arguments
         save_states = grad_enabled and any(ctx.needs_input_grad)
         y, last_state, states = selective_scan_fwd(*inputs, save_states)
         *tensors, ctx.delta_softplus, ctx.reverse = inputs

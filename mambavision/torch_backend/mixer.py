@@ -82,8 +82,8 @@ def mixer_bwd(
 
 class Mixer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        *inputs, grad_enabled = inputs
+    def forward(ctx, *arguments):
+        *inputs, grad_enabled = arguments
         save_states = grad_enabled and any(ctx.needs_input_grad)
         yz, dt_low, BC, states = mixer_fwd(*inputs, save_states)
         ctx.save_for_backward(*inputs, dt_low, BC, states)
