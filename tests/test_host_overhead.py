@@ -3,7 +3,8 @@
 The forward pass and a launch are timed, the backward pass's calls of functions are counted. Times
 are the thread's own, so that other programs' turns do not count, and the least of many; those of a
 baseline are taken in turns with them. On a core that needs longer than USUAL for an autograd
-function with the forward pass's allocations, all may take longer in proportion.
+function with the forward pass's allocations, all may take longer in proportion; on one that needs
+longer than BUSY, where others share its caches, the functions that the forward pass calls count.
 """
 
 import importlib
@@ -25,11 +26,11 @@ mixer = importlib.import_module("mambavision.kernels.mixer")
 device = importlib.import_module("mambavision.kernels._device")
 
 # Microseconds of an autograd function that does nothing but the same allocations
-USUAL = 10.0
+USUAL, BUSY = 10.0, 18.0
 # Above it; for one launch
 FORWARD, LAUNCH = 15.0, 5.0
-# Functions that a backward pass calls: ours, allocations, views, sums, products, sizes
-BACKWARD = 155
+# Functions that a pass calls: ours, allocations, views, sums, products, sizes
+FORWARD_CALLS, BACKWARD = 125, 155
 
 
 class Allocations(torch.autograd.Function):
@@ -80,6 +81,8 @@ def assert_within(limit, *calls):
         if limit(*times) <= max(1.0, empty / USUAL):
             return
         time.sleep(2)
+    if empty > BUSY:
+        pytest.skip(f"others share this core's caches: {empty:.0f} us for an empty function")
     raise AssertionError((*times, empty))
 
 
@@ -110,6 +113,8 @@ def test_eager_mixer(launched):
     values = tuple(given.values())
     bare = partial(Allocations.apply, *values)
     run = partial(ops.mixer, **given, backend="triton")
+    run()
+    assert calls_of(run) <= FORWARD_CALLS
     assert_within(lambda ours, bare: (ours - bare) / FORWARD, run, bare, bare)
     assert set(launched) == {"_project_kernel", "_scan_fwd_kernel"}  # the call was the whole call
 
