@@ -148,6 +148,7 @@ def test_with_gradients(case, config):
         assert constants[:2] == (*config.STEPS, config.BLOCK_D)
 
 
+@each_line("FORWARD")
 @pytest.mark.parametrize("A", (2.0, -2.0))
 def test_no_state_stays_none_where_decays_overflow(A, config):
     """Twice 100 steps of size 1: exp(200) is no float32, and nothing to multiply by it is there."""
