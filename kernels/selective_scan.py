@@ -80,13 +80,14 @@ FORWARD = (
     Config(16, ANY, ANY, (4,), 32, 4, 2, 1, "twice the registers per step, so half the steps"),
     Config(64, ANY, ANY, (2,), 8, 16, 1, 1, "64 states fit no lane; 4 lanes a channel hold them"),
 )
-# Forward passes that keep states: one for each run of steps that the backward pass takes.
+# Forward passes that keep states, one for each run of steps that the backward pass takes: STEPS are
+# a multiple of that.
 KEEPING = (
     Config(8, ANY, 45000, (8,), 32, 4, 1, 1, "28 us at T, stage 3; 32 with 4 steps"),
     Config(8, 512, ANY, (4,), 32, 4, 1, 1, "61 us at L, stage 3; 72 with 8 steps, 71 with 64 wide"),
     Config(8, ANY, ANY, (8,), 64, 4, 1, 1, "390 us at 1024 x 512; 444 with 32 wide"),
-    Config(16, ANY, ANY, (4,), 32, 4, 2, 1, "as above"),
-    Config(64, ANY, ANY, (2,), 8, 16, 1, 1, "as above"),
+    Config(16, ANY, ANY, (4,), 32, 4, 2, 1, "as without states kept"),
+    Config(64, ANY, ANY, (2,), 8, 16, 1, 1, "as without states kept"),
 )
 BACKWARD = (
     Config(8, ANY, ANY, (4,), 32, 4, 2, 1, "193 slots a step; 7 steps take 16 s to compile"),
