@@ -51,13 +51,14 @@ class _Peer:
     def __init__(self, name: str, options: Options):
         self.model = peer(name, options.device, options.resolution).eval()
 
-    def ready(self, case: Case, options: Options) -> nn.Module:
+    def ready(self, case: Case) -> nn.Module:
         # LeViT keeps attention biases in the first dtype until it is trained again.
-        made = self.model.train().eval().to(dtype=case.dtype, memory_format=case.way.layout)
+        return self.model.train().eval().to(dtype=case.dtype, memory_format=case.way.layout)
+
+    def check(self, made: nn.Module, case: Case, options: Options) -> None:
         with torch.inference_mode():
             if not made(options.images(case, 2)).isfinite().all():
                 raise Wrong("logits are not finite")
-        return made
 
 
 class _Ours:
@@ -67,13 +68,14 @@ class _Ours:
         self.model = ours(name, options.device).eval()
         self.gate: Gate | None = None
 
-    def ready(self, case: Case, options: Options) -> nn.Module:
-        made = case.way.make(self.model, case.dtype).eval()
+    def ready(self, case: Case) -> nn.Module:
+        return case.way.make(self.model, case.dtype).eval()
+
+    def check(self, made: nn.Module, case: Case, options: Options) -> None:
         if case.way.gated:
             if self.gate is None:
                 self.gate = Gate(self.model, options.images(case, 2).float())
-            self.gate.check(made, case.way, case.dtype)
-        return made
+            self.gate.check(made, case.way, case.dtype, case.batch)
 
 
 def _call(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
@@ -99,8 +101,9 @@ class _Models:
             self.source = kind(self.model.name, self.options)
         if self.made is None or self.made_for != (case.way, case.dtype):
             self.made = None
-            self.made = self.source.ready(case, self.options)
+            self.made = self.source.ready(case)
             self.made_for = case.way, case.dtype
+        self.source.check(self.made, case, self.options)
         run = _call(self.made, self.options.images(case, case.batch))
         return Prepared(case, run, graph=case.way.graph)
 

@@ -148,8 +148,11 @@ def call_selective_scan(case: Case) -> None:
     initial = case.tensor(case.batch, case.dim, case.dstate, dtype="float32")
     inputs = (u, delta, A, B, C, D, z, bias, initial if "initial" in modes else None)
     reverse = "reverse" in modes
-    op.selective_scan_fwd(*inputs, True, reverse, False)
-    y, _, states = op.selective_scan_fwd(*inputs, True, reverse, True)
+    last_state_too = "initial" in modes
+    op.selective_scan_fwd(*inputs, True, reverse, False, last_state_too=last_state_too)
+    y, _, states = op.selective_scan_fwd(
+        *inputs, True, reverse, True, last_state_too=last_state_too
+    )
     op.selective_scan_bwd(torch.empty_like(y), None, *inputs, states, True, reverse)
 
 

@@ -8,10 +8,11 @@ What is compiled is what is shipped: `launches.py` records the launches that the
 `machine_code.py` reads what comes out.
 
 Issue slots per (batch, step, channel) = warp instructions of the step loop x 32 lanes x warps /
-elements that one iteration serves. A scheduler issues one warp instruction per clock, so
-slots x elements / (32 x 4 x SMs x clock) is a floor under the run time. A special-function result
-(MUFU) counts one slot here and eight against its own unit. `useful` charges the same instructions
-to the channels that exist: with BLOCK_D 128, dim 160 pays for 256.
+elements that one iteration serves; a kernel that only adds up partial sums has none. A scheduler
+issues one warp instruction per clock, so slots x elements / (32 x 4 x SMs x clock) is a floor under
+the run time. A special-function result (MUFU) counts one slot here and eight against its own unit.
+`useful` charges the same instructions to the channels that exist: with BLOCK_D 128, dim 160 pays
+for 256.
 
     python benchmarks/static_report.py
     python benchmarks/static_report.py --target sm_90 --kernel scan --dtype float16
@@ -89,7 +90,7 @@ class StaticResult:
     compile_seconds: float  # close to 0 when Triton's disk cache had it
     loop_instructions: int = 0  # of the step loop, or of the whole kernel where it has no loop
     loop_steps_unrolled: int = 1  # iterations of the source that the machine code joined into one
-    slots: float = 0.0  # issue slots per element
+    slots: float | None = None  # issue slots per element, where the kernel has a size of such
     opcodes: dict = field(default_factory=dict)  # full opcode -> count in the step loop
     mix: dict = field(default_factory=dict)  # class -> issue slots per element
     asm: dict = field(default_factory=dict, repr=False)  # ttir, ttgir, ptx, sass | amdgcn
@@ -156,8 +157,14 @@ def _read_cuda(kernel, texts: dict, launch: Launch, target: str) -> StaticResult
 
     loop = step_loop(sass_instructions(texts["sass"]))
     unrolled = unroll_factor(loop, texts["ptx"])
-    slots_each = 32 * num_warps / (launch.elements * unrolled)
-    mix = Counter(opcode_class(i.opcode) for i in loop)
+    measured = {}
+    if launch.block_sizes:
+        slots_each = 32 * num_warps / (launch.elements * unrolled)
+        mix = Counter(opcode_class(i.opcode) for i in loop)
+        measured = {
+            "slots": round(len(loop) * slots_each, 1),
+            "mix": {name: round(mix[name] * slots_each, 2) for name in OPCODE_CLASSES if mix[name]},
+        }
     return StaticResult(
         target=target,
         registers=used["REG"],
@@ -168,10 +175,9 @@ def _read_cuda(kernel, texts: dict, launch: Launch, target: str) -> StaticResult
         compile_seconds=0.0,
         loop_instructions=len(loop),
         loop_steps_unrolled=unrolled,
-        slots=round(len(loop) * slots_each, 1),
         opcodes=dict(Counter(i.opcode for i in loop).most_common()),
-        mix={name: round(mix[name] * slots_each, 2) for name in OPCODE_CLASSES if mix[name]},
         asm=texts,
+        **measured,
     )
 
 
@@ -232,7 +238,7 @@ class Variant:
             },
             "options": self.launch.options,
             **{k: v for k, v in asdict(result).items() if k != "asm"},
-            "useful_slots": round(result.slots * useful, 1),
+            "useful_slots": None if result.slots is None else round(result.slots * useful, 1),
             "axes": sorted(set(re.findall(r"tt\.get_program_id (\w)", result.asm["ttir"]))),
             "narrow_offsets": narrow_offsets(result.asm["ttir"], self.launch.block_sizes),
         }
@@ -310,7 +316,8 @@ def table(rows: list[dict]) -> str:
         lines += [f"\n## {target}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for row in of_target:
             known = row | row["constants"] | row["options"] | row["mix"]
-            lines.append("| " + " | ".join(str(known.get(name, "")) for name in head) + " |")
+            cells = ("" if (x := known.get(name)) is None else str(x) for name in head)
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

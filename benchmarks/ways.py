@@ -148,8 +148,8 @@ class Gate:
             self.truth = copy.deepcopy(self.eager).double()(images.double())
         self.limits: dict[torch.dtype, float] = {}
 
-    def _error(self, logits: Tensor) -> float:
-        return float((logits.double() - self.truth).abs().max() / self.truth.abs().max())
+    def _error(self, logits: Tensor, truth: Tensor) -> float:
+        return float((logits.double() - truth).abs().max() / self.truth.abs().max())
 
     def limit(self, dtype: torch.dtype) -> float:
         if dtype not in self.limits:
@@ -157,15 +157,18 @@ class Gate:
             for layout in LAYOUTS.values():
                 images = self.images.to(dtype=dtype, memory_format=layout)
                 with torch.inference_mode():
-                    errors.append(self._error(eager.to(memory_format=layout)(images)))
+                    logits = eager.to(memory_format=layout)(images)
+                    errors.append(self._error(logits, self.truth))
             self.limits[dtype] = 2 * max(errors) + 8 * torch.finfo(dtype).eps
         return self.limits[dtype]
 
-    def check(self, model: nn.Module, way: Way, dtype: torch.dtype) -> None:
-        """Raises Wrong where it is not."""
-        images = self.images.to(dtype=dtype, memory_format=way.layout)
+    def check(self, model: nn.Module, way: Way, dtype: torch.dtype, batch: int = 2) -> None:
+        """Raises Wrong where it is not. The images take turns up to the batch that is measured:
+        what is compiled for a shape is then what is checked."""
+        turns = torch.arange(batch) % len(self.images)
+        images = self.images[turns].to(dtype=dtype, memory_format=way.layout)
         with torch.inference_mode():
-            error = self._error(model(images))
+            error = self._error(model(images), self.truth[turns])
         _check(error, self.limit(dtype), "logits, relative to the largest,")
 
 

@@ -163,71 +163,35 @@ def load_rows(
 
 
 @triton.jit
-def _load_tile_of_states(
-    ptr, stride_l: tl.constexpr, t0, seqlen, dstate: tl.constexpr, BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr, LANES: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """STEPS rows of B or C, float32, with zeros up to full registers."""
-    WIDTH: tl.constexpr = triton.next_power_of_2(triton.cdiv(dstate, BLOCK_N)) * BLOCK_N
-    # No copy of less than 4 bytes a lane is asynchronous; more rows than needed make it so
-    FULL: tl.constexpr = 1024 // (WIDTH * ptr.dtype.element_ty.primitive_bitwidth)
-    MOST: tl.constexpr = 16 * LANES * BLOCK_N // WIDTH
-    ROWS: tl.constexpr = max(triton.next_power_of_2(STEPS), min(FULL, MOST))
-    t = tl.minimum(t0 + tl.arange(0, ROWS), seqlen - 1)
-    offs_n = tl.arange(0, WIDTH)[None, :]
-    at = ptr + (row_of(t, seqlen, REVERSE) * stride_l)[:, None] + offs_n
-    if dstate == WIDTH:
-        tile = tl.load(at)
-    else:
-        tile = tl.load(at, mask=offs_n < dstate, other=0.0)
-    return tile.to(tl.float32)
-
-
-@triton.jit
-def first_states(
+def load_states_by_step(
     ptr, stride_l: tl.constexpr, t0, seqlen, offs, dstate: tl.constexpr, BLOCK_N: tl.constexpr,
     STEPS: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """What `states_by_step` gets in the first iteration."""
-    if SPLIT > 1 or ptr.dtype.element_ty == tl.float32:
-        return 0
-    else:
-        return _load_tile_of_states(
-            ptr, stride_l, t0, seqlen, dstate, BLOCK_N, STEPS, len(offs), REVERSE
-        )
-
-
-@triton.jit
-def states_by_step(
-    tile, ptr, stride_l: tl.constexpr, t0, t_next, seqlen, offs, dstate: tl.constexpr,
-    BLOCK_N: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
     """As `load_rows` of B or C: for each step its registers, one behind the other, the same for
-    every channel; and the tile for the next iteration. 16-bit values are widened where they are
-    copied, once, and an iteration before all lanes read them, else each lane would do it."""
+    every channel."""
     LANES: tl.constexpr = len(offs)
     if SPLIT == 1:
-        if ptr.dtype.element_ty == tl.float32:
-            now = _load_tile_of_states(
-                ptr, stride_l, t0, seqlen, dstate, BLOCK_N, STEPS, LANES, REVERSE
-            )
-            later = tile
+        WIDTH: tl.constexpr = triton.next_power_of_2(triton.cdiv(dstate, BLOCK_N)) * BLOCK_N
+        PARTS: tl.constexpr = WIDTH // (LANES * BLOCK_N)
+        # No copy of less than 4 bytes a lane is asynchronous; more rows than needed make it so
+        FULL: tl.constexpr = 1024 // (WIDTH * ptr.dtype.element_ty.primitive_bitwidth)
+        ROWS: tl.constexpr = max(triton.next_power_of_2(STEPS), min(FULL, 16 // PARTS))
+        t = tl.minimum(t0 + tl.arange(0, ROWS), seqlen - 1)
+        offs_n = tl.arange(0, WIDTH)[None, :]
+        at = ptr + (row_of(t, seqlen, REVERSE) * stride_l)[:, None] + offs_n
+        if dstate == WIDTH:
+            tile = tl.load(at)
         else:
-            now = tile
-            later = _load_tile_of_states(
-                ptr, stride_l, t_next, seqlen, dstate, BLOCK_N, STEPS, LANES, REVERSE
-            )
+            tile = tl.load(at, mask=offs_n < dstate, other=0.0)
         # What the lanes that share a channel's states meet lies side by side
-        ROWS: tl.constexpr = now.shape[0]
-        PARTS: tl.constexpr = now.shape[1] // (LANES * BLOCK_N)
-        now = tl.permute(tl.reshape(now, (ROWS, LANES, PARTS, BLOCK_N)), (0, 2, 1, 3))
-        return _rows_of_tile(tl.reshape(now, (ROWS * PARTS, LANES * BLOCK_N))), later
+        tile = tl.permute(tl.reshape(tile, (ROWS, LANES, PARTS, BLOCK_N)), (0, 2, 1, 3))
+        return to_float32(_rows_of_tile(tl.reshape(tile, (ROWS * PARTS, LANES * BLOCK_N))))
     else:
         values = ()
         for i in tl.static_range(STEPS):
             row = row_of(tl.minimum(t0 + i, seqlen - 1), seqlen, REVERSE)
             values = values + load_alike(ptr + row * stride_l, offs, dstate, BLOCK_N)
-        return to_float32(values), tile
+        return to_float32(values)
 
 
 @triton.jit

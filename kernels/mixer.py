@@ -20,7 +20,7 @@ dstate columns, weights and partial sums come on top:
     forward   project    reads x and z of xz, 2       writes x and z of yz, delta, 3
               scan       reads x of yz, delta, 2      writes y over x, 1
     backward  project    reads x of xz, 1             writes x, delta, 2
-              scan       twice: for its states, and its backward pass
+              scan       twice: for its states, and its backward pass, sums apart
               _project_bwd_kernel   reads ddelta, dx, 2          writes dx in place, 1
               _convolve_bwd_kernel  reads x and z of xz, dx, dz, 4    writes dxz, 2
 
@@ -51,7 +51,7 @@ from .conv1d_silu import (
     runs_of,
     share_out,
 )
-from .selective_scan import partial_bwd, selective_scan_fwd, sum_partial
+from .selective_scan import selective_scan_bwd, selective_scan_fwd
 
 # Programs that take whole rows, by bytes per element: from so many rows on, and up to so many
 # columns of W_x, each of its two parts padded to a power of two: rows, and channels at a time. Tall
@@ -158,8 +158,8 @@ def _project_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _project_bwd_kernel(
     ddelta_ptr,  # (rows, dim)
-    dB_ptr, stride_dBl: tl.constexpr,  # (rows, dstate)
-    dC_ptr, stride_dCl: tl.constexpr,  # (rows, dstate)
+    dB_ptr,  # (rows, dstate)
+    dC_ptr,  # (rows, dstate)
     x_proj_weight_ptr,  # (dt_rank + 2 dstate, dim)
     dt_proj_weight_ptr,  # (dim, dt_rank)
     dx_ptr,  # (rows, dim), added to
@@ -189,8 +189,8 @@ def _project_bwd_kernel(
     at = dx_ptr + (row * dim + offs_d)
     ahead = tl.load(at, mask=mask_l & (offs_d < dim), other=0.0)
     mask_B, mask_C = offs_n < dstate, (offs_n >= dstate) & (offs_n < 2 * dstate)
-    dBC = tl.load(dB_ptr + (row * stride_dBl + offs_n), mask=mask_l & mask_B, other=0.0)
-    dBC += tl.load(dC_ptr + (row * stride_dCl + offs_n - dstate), mask=mask_l & mask_C, other=0.0)
+    dBC = tl.load(dB_ptr + (row * dstate + offs_n), mask=mask_l & mask_B, other=0.0)
+    dBC += tl.load(dC_ptr + (row * dstate + offs_n - dstate), mask=mask_l & mask_C, other=0.0)
     dt_low, dBC = dt_low.to(dtype), dBC.to(dtype)
     dw_ptr = dw_ptr + row * stride_dwl
     tl.store(dw_ptr + offs_r, dt_low, mask=mask_l & (offs_r < dt_rank))
@@ -303,7 +303,8 @@ def mixer_fwd(
         )  # fmt: skip
     # x and B are the first columns of yz and BC
     C = BC[..., dstate:]
-    selective_scan_fwd(yz, delta, A, BC, C, D, None, delta_bias, None, True, False, False, y=yz)
+    scanned = (yz, delta, A, BC, C, D, None, delta_bias, None)
+    selective_scan_fwd(*scanned, True, False, False, y=yz, last_state_too=False)
     return yz, dt_low, BC, BC.new_empty(0)
 
 
@@ -330,9 +331,10 @@ def mixer_bwd(
             conv_x_bias, None, x, delta, low, None,
         )  # fmt: skip
     scanned = (x, delta, A, BC, BC[..., dstate:], D, None, delta_bias, None)
-    _, _, states = selective_scan_fwd(*scanned, True, False, True)
-    dx, ddelta, _, _, partial, dBC, _, _ = partial_bwd(dyz, None, *scanned, states, True, False)
-    dBC = dBC.sum(0)
+    _, _, states = selective_scan_fwd(*scanned, True, False, True, last_state_too=False)
+    dx, ddelta, dA, dB, dC, dD, _, ddelta_bias, _ = selective_scan_bwd(
+        dyz, None, *scanned, states, True, False
+    )
     dw = _aligned(xz, rows, dt_rank + 2 * dstate)
     dxz = xz.new_empty(batch, seqlen, 2 * dim)
     blocks, blocks_d = blocks_of("bwd", batch, seqlen, dim)
@@ -342,8 +344,8 @@ def mixer_bwd(
         tiles, _, tile, _ = _tile(batch, seqlen, dim, dt_rank, dstate, xz.element_size())
         args = (
             ddelta,
-            dBC, 2 * dstate,
-            dBC[..., dstate:], 2 * dstate,
+            dB,
+            dC,
             x_proj_weight.contiguous(),
             dt_proj_weight.contiguous(),
             dx,
@@ -380,7 +382,9 @@ def mixer_bwd(
         shaped(sums_z[:, : widths[1]], conv_z_weight),
         dev.cast(dx_proj_weight, x_proj_weight),
         dev.cast(ddt_proj_weight, dt_proj_weight),
-        *sum_partial(partial, A, D, delta_bias),
+        dA,
+        dD,
+        ddelta_bias,
         shaped(sums_x[:, widths[0]], conv_x_bias),
         shaped(sums_z[:, widths[1]], conv_z_bias),
     )

@@ -35,7 +35,7 @@ used (`STAGES`): Triton does this by itself where a lane copies at least 4 bytes
 
 In training the forward pass keeps the state before every STEPS steps (`states`); the backward pass
 re-runs these steps in registers and sweeps them in reverse. Sums over programs have two stages,
-partials and one torch sum, hence the same bits in every run.
+partials and a second launch that adds them in order, hence the same bits in every run.
 
 Source: Gu and Dao, arXiv 2312.00752, section 3; the gradients follow from the equations above.
 """
@@ -101,6 +101,7 @@ BACKWARD = (
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 if not torch.version.hip:
     OPTIONS["maxnreg"] = 255
+SUMS = {"ENTRIES": 64, "COLUMNS": 32, "ROWS": 128, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def _config(table, dstate, seqlen=ANY, channels=ANY):
@@ -268,7 +269,7 @@ def _scan_fwd_kernel(
     delta_bias_ptr,  # (dim,) or None
     initial_state_ptr,  # (batch, dim, dstate) or None
     y_ptr, stride_yl: tl.constexpr,  # (batch, seqlen, dim)
-    last_state_ptr,  # (batch, dim, dstate)
+    last_state_ptr,  # (batch, dim, dstate) or None
     states_ptr,  # (batch, chunks, dim, dstate) or None
     seqlen, dim: tl.constexpr, group_dim: tl.constexpr,
     dstate: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
@@ -313,10 +314,9 @@ def _scan_fwd_kernel(
                 delta_ptr, stride_deltal, t0, seqlen, columns, STEPS, SPLIT, REVERSE
             )
             if not CONST_B:
-                Bs, nothing = reg.states_by_step(
-                    0, B_ptr, stride_Bl, t0, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT,
-                    REVERSE,
-                )  # fmt: skip
+                Bs = reg.load_states_by_step(
+                    B_ptr, stride_Bl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+                )
             for i in tl.static_range(STEPS):
                 dt = _step_size2(deltas[i], delta_bias2, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
                 total += dt
@@ -326,14 +326,6 @@ def _scan_fwd_kernel(
         h = _state_before_piece(h0, h, A, total, piece, SPLIT, LANES)
 
     y_ptr += reg.row_of(start, seqlen, REVERSE) * stride_yl + offs_d
-    if not CONST_B:
-        B_tile = reg.first_states(
-            B_ptr, stride_Bl, start, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
-        )
-    if not CONST_C:
-        C_tile = reg.first_states(
-            C_ptr, stride_Cl, start, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
-        )
     for walked in tl.range(0, length, STEPS, num_stages=STAGES):
         t0 = start + walked
         us = reg.load_rows(u_ptr, stride_ul, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
@@ -341,15 +333,13 @@ def _scan_fwd_kernel(
         if z_ptr is not None:
             zs = reg.load_rows(z_ptr, stride_zl, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
         if not CONST_B:
-            Bs, B_tile = reg.states_by_step(
-                B_tile, B_ptr, stride_Bl, t0, t0 + STEPS, seqlen, offs, dstate, BLOCK_N, STEPS,
-                SPLIT, REVERSE,
-            )  # fmt: skip
+            Bs = reg.load_states_by_step(
+                B_ptr, stride_Bl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+            )
         if not CONST_C:
-            Cs, C_tile = reg.states_by_step(
-                C_tile, C_ptr, stride_Cl, t0, t0 + STEPS, seqlen, offs, dstate, BLOCK_N, STEPS,
-                SPLIT, REVERSE,
-            )  # fmt: skip
+            Cs = reg.load_states_by_step(
+                C_ptr, stride_Cl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+            )
         ys = ()
         for i in tl.static_range(STEPS):
             if states_ptr is not None and i % KEEP == 0:
@@ -373,10 +363,11 @@ def _scan_fwd_kernel(
             dev.store(y_ptr + i * (-stride_yl if REVERSE else stride_yl), ys[i], mask)
         y_ptr += STEPS * (-stride_yl if REVERSE else stride_yl)
 
-    last_state_ptr += b * dim * dstate
-    if SPLIT > 1:
-        masks = _and(masks, piece == SPLIT - 1)
-    reg.store_states(last_state_ptr, h, offs, masks, dstate, BLOCK_N)
+    if last_state_ptr is not None:
+        last_state_ptr += b * dim * dstate
+        if SPLIT > 1:
+            masks = _and(masks, piece == SPLIT - 1)
+        reg.store_states(last_state_ptr, h, offs, masks, dstate, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=GENERIC)
@@ -439,14 +430,6 @@ def _scan_bwd_kernel(
     dA, dB_sum, dC_sum = reg.zeros(A), reg.zeros(A), reg.zeros(A)
     dD, ddelta_bias = tl.zeros_like(D), tl.zeros_like(D)
 
-    if not CONST_B:
-        B_tile = reg.first_states(
-            B_ptr, stride_Bl, (chunks - 1) * STEPS, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
-        )
-    if not CONST_C:
-        C_tile = reg.first_states(
-            C_ptr, stride_Cl, (chunks - 1) * STEPS, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
-        )
     for k in tl.range(0, chunks, num_stages=STAGES):
         t0 = (chunks - 1 - k) * STEPS
         first = reg.row_of(t0, seqlen, REVERSE)
@@ -458,15 +441,13 @@ def _scan_bwd_kernel(
         if z_ptr is not None:
             zs = reg.load_rows(z_ptr, stride_zl, t0, seqlen, columns, STEPS, 1, REVERSE)
         if not CONST_B:
-            Bs, B_tile = reg.states_by_step(
-                B_tile, B_ptr, stride_Bl, t0, tl.maximum(t0 - STEPS, 0), seqlen, offs, dstate,
-                BLOCK_N, STEPS, 1, REVERSE,
-            )  # fmt: skip
+            Bs = reg.load_states_by_step(
+                B_ptr, stride_Bl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
+            )
         if not CONST_C:
-            Cs, C_tile = reg.states_by_step(
-                C_tile, C_ptr, stride_Cl, t0, tl.maximum(t0 - STEPS, 0), seqlen, offs, dstate,
-                BLOCK_N, STEPS, 1, REVERSE,
-            )  # fmt: skip
+            Cs = reg.load_states_by_step(
+                C_ptr, stride_Cl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, 1, REVERSE
+            )
         if not EVEN_D:
             us, dys = reg.only(us, mask_d), reg.only(dys, mask_d)
 
@@ -567,6 +548,67 @@ def _scan_bwd_kernel(
         reg.store_states(dinitial_state_ptr, g, offs, masks, dstate, BLOCK_N)
 
 
+@triton.jit
+def _sum_over_blocks(
+    dBC_ptr, sum_ptr, pid, rows, dstate: tl.constexpr, groups: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """dB or dC of ROWS rows and one group, whose channels are BLOCKS blocks."""
+    N: tl.constexpr = triton.next_power_of_2(dstate)
+    AHEAD: tl.constexpr = min(8, 64 // N)  # more do not fit the registers
+    group = pid % groups
+    row = pid // groups * ROWS + tl.arange(0, ROWS)[:, None]
+    n = tl.arange(0, N)[None, :]
+    mask = (row < rows) & (n < dstate)
+    at = dBC_ptr + (group * BLOCKS * rows + row) * (2 * dstate) + n
+    total = tl.zeros((ROWS, N), tl.float32)
+    for k in range(0, BLOCKS, AHEAD):
+        for i in tl.static_range(min(AHEAD, BLOCKS)):
+            in_group = mask if BLOCKS % AHEAD == 0 or BLOCKS < AHEAD else mask & (k + i < BLOCKS)
+            ahead = tl.cast(k + i, tl.int64) * rows * (2 * dstate)
+            total += tl.load(at + ahead, mask=in_group, other=0.0)
+    dev.store(sum_ptr + (row * groups + group) * dstate + n, total, mask)
+
+
+@triton.jit(do_not_specialize=["entries", "rows"])
+def _sums_kernel(
+    partial_ptr,  # (entries, columns)
+    dBC_ptr,  # (blocks, rows, 2 dstate) or None
+    sum_ptr,  # (columns,)
+    dB_ptr,  # (rows, groups_B, dstate) or None
+    dC_ptr,  # (rows, groups_C, dstate) or None
+    entries, rows, columns: tl.constexpr, blocks: tl.constexpr, dstate: tl.constexpr,
+    groups_B: tl.constexpr, groups_C: tl.constexpr,
+    ENTRIES: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    over_entries: tl.constexpr = triton.cdiv(columns, COLUMNS)
+    if pid < over_entries:
+        c = pid * COLUMNS + tl.arange(0, COLUMNS)
+        mask = c < columns
+        total = tl.zeros((ENTRIES, COLUMNS), tl.float32)
+        for first in range(0, entries, ENTRIES):
+            entry = first + tl.arange(0, ENTRIES)[:, None]
+            at = partial_ptr + entry.to(tl.int64) * columns + c[None, :]
+            total += tl.load(at, mask=(entry < entries) & mask[None, :], other=0.0)
+        tl.store(sum_ptr + c, tl.sum(total, axis=0), mask=mask)
+    else:
+        pid -= over_entries
+        over_B = 0
+        if dB_ptr is not None:
+            over_B = tl.cdiv(rows, ROWS) * groups_B
+            if pid < over_B:
+                _sum_over_blocks(
+                    dBC_ptr, dB_ptr, pid, rows, dstate, groups_B, blocks // groups_B, ROWS
+                )
+        if dC_ptr is not None:
+            if pid >= over_B:
+                _sum_over_blocks(
+                    dBC_ptr + dstate, dC_ptr, pid - over_B, rows, dstate, groups_C,
+                    blocks // groups_C, ROWS,
+                )  # fmt: skip
+
+
 def _by_step(B, seqlen):
     """B or C as the kernels read it, its strides over seqlen and groups, the number of groups.
     Rows at other than one distance from the first to the last of all batch entries are copied."""
@@ -592,9 +634,10 @@ def states_shape(batch, seqlen, dim, dstate):
 
 
 def selective_scan_fwd(
-    u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, save_states, y=None
-):
-    """(y, last_state, states), states empty unless `save_states`.
+    u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, save_states,
+    y=None, last_state_too=True,
+):  # fmt: skip
+    """(y, last_state, states), states empty unless `save_states`, last_state None where not asked.
 
     `y` receives the result where given, and may be u itself, since a program reads a row before it
     writes it. Of u and y, whose rows may be wider, the first channels count.
@@ -609,7 +652,9 @@ def selective_scan_fwd(
     groups = max(groups_B, groups_C)
     constants = _forward_constants(batch, seqlen, dim, groups, dstate, save_states)
     y = u.new_empty(batch, seqlen, dim) if y is None else y
-    last_state = u.new_empty(batch, dim, dstate, dtype=torch.float32)
+    last_state = None
+    if last_state_too:
+        last_state = u.new_empty(batch, dim, dstate, dtype=torch.float32)
     shape = states_shape(batch, seqlen, dim, dstate) if save_states else (0,)
     states = u.new_empty(shape, dtype=torch.float32)
     grid = (batch * _blocks(dim, groups, constants[1] // constants[4]),)
@@ -634,16 +679,13 @@ def selective_scan_fwd(
     return y, last_state, states
 
 
-def partial_bwd(
+def selective_scan_bwd(
     dy, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, states,
     delta_softplus, reverse,
 ):  # fmt: skip
-    """(du, ddelta, dz, dinitial_state, partial, dBC, dB, dC), the last four before their sums over
-    the first axis, that of batch entries or, for dBC, of blocks of channels.
+    """(du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None where an argument is.
 
-    partial (batch, dim (dstate + 2)) has dA, dD and ddelta_bias, dBC (blocks, batch, seqlen,
-    2 dstate) dB and dC; constant B and C have theirs, (batch, dim, dstate), apart. Of dy, whose
-    rows may be wider, the first channels count.
+    Of dy, whose rows may be wider, the first channels count.
     """
     batch, seqlen, dim = delta.shape
     dstate = A.shape[1]
@@ -664,10 +706,11 @@ def partial_bwd(
     du = empty(batch, seqlen, dim, dtype=u.dtype)
     ddelta = empty(batch, seqlen, dim, dtype=delta.dtype)
     dz = None if z is None else empty(batch, seqlen, dim, dtype=z.dtype)
+    # Before sums over batch entries or blocks of channels
     partial = empty(batch, dim * (dstate + 2))
     dBC = None if const_B and const_C else empty(blocks, batch, seqlen, 2 * dstate)
-    dB = empty(batch, dim, dstate) if const_B else None
-    dC = empty(batch, dim, dstate) if const_C else None
+    dB_partial = empty(batch, dim, dstate) if const_B else None
+    dC_partial = empty(batch, dim, dstate) if const_C else None
     dinitial_state = None if initial_state is None else empty(batch, dim, dstate)
     if batch:
         args = (
@@ -686,47 +729,34 @@ def partial_bwd(
             ddelta,
             partial,
             dBC,
-            dB,
-            dC,
+            dB_partial,
+            dC_partial,
             dz,
             dinitial_state,
             batch, seqlen, dim, dim // groups,
             dstate, const_B, const_C, delta_softplus, reverse, *constants,
         )  # fmt: skip
         dev.launch(_scan_bwd_kernel, (batch * blocks,), args, OPTIONS)
-    return du, ddelta, dz, dinitial_state, partial, dBC, dB, dC
 
-
-def sum_partial(partial, A, D, delta_bias):
-    """(dA, dD, ddelta_bias) from `partial` of `partial_bwd`, None where an argument is."""
-    dA, dD, ddelta_bias = partial.sum(0).split((A.numel(), len(A), len(A)))
-    return dev.cast(dA.view(A.shape), A), dev.cast(dD, D), dev.cast(ddelta_bias, delta_bias)
-
-
-def selective_scan_bwd(
-    dy, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, states,
-    delta_softplus, reverse,
-):  # fmt: skip
-    """(du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None where an argument is."""
-    du, ddelta, dz, dinitial_state, partial, dBC, dB, dC = partial_bwd(
-        dy, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, states,
-        delta_softplus, reverse,
+    sums = empty(dim * (dstate + 2))
+    dB = dB_partial.sum(0) if const_B else empty(*B.shape, dtype=B.dtype)
+    dC = dC_partial.sum(0) if const_C else empty(*C.shape, dtype=C.dtype)
+    args = (
+        partial,
+        dBC,
+        sums,
+        None if const_B else dB,
+        None if const_C else dC,
+        batch, batch * seqlen, dim * (dstate + 2), blocks, dstate, groups_B, groups_C,
     )  # fmt: skip
-    dA, dD, ddelta_bias = sum_partial(partial, A, D, delta_bias)
-    dB, dC = (None if x is None else x.sum(0) for x in (dB, dC))
-    if dBC is not None:
-        dstate = A.shape[1]
-        groups_B, groups_C = (x.shape[2] if x.dim() == 4 else 1 for x in (B, C))
-        groups = max(groups_B, groups_C)
-        # Over the blocks that share a row of B or C: those of a group, or all
-        by_group = dBC.unflatten(0, (groups, -1)).sum(1).permute(1, 2, 0, 3)
-        over_all = by_group.sum(2, keepdim=True) if groups > min(groups_B, groups_C) else by_group
-        if B.dim() > 2:
-            dB = (by_group if groups_B == groups else over_all)[..., :dstate].reshape(B.shape)
-        if C.dim() > 2:
-            dC = (by_group if groups_C == groups else over_all)[..., dstate:].reshape(C.shape)
+    parts = (not const_B) * groups_B + (not const_C) * groups_C
+    programs = triton.cdiv(sums.numel(), SUMS["COLUMNS"])
+    programs += triton.cdiv(batch * seqlen, SUMS["ROWS"]) * parts
+    dev.launch(_sums_kernel, (programs,), args, SUMS)
+    dA, dD, ddelta_bias = sums.split((A.numel(), dim, dim))
     return (
-        du, ddelta, dA, dev.cast(dB, B), dev.cast(dC, C), dD, dz, ddelta_bias,
+        du, ddelta, dev.cast(dA.view(A.shape), A), dev.cast(dB, B), dev.cast(dC, C),
+        dev.cast(dD, D), dz, dev.cast(ddelta_bias, delta_bias),
         dev.cast(dinitial_state, initial_state),
     )  # fmt: skip
 
@@ -734,9 +764,11 @@ def selective_scan_bwd(
 class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, grad_enabled = arguments
+        *inputs, grad_enabled, last_state_too = arguments
         save_states = grad_enabled and any(ctx.needs_input_grad)
-        y, last_state, states = selective_scan_fwd(*inputs, save_states)
+        y, last_state, states = selective_scan_fwd(
+            *inputs, save_states, last_state_too=last_state_too
+        )
         *tensors, ctx.delta_softplus, ctx.reverse = inputs
         ctx.save_for_backward(*tensors, states)
         ctx.set_materialize_grads(False)
@@ -748,7 +780,8 @@ class SelectiveScan(torch.autograd.Function):
         u = ctx.saved_tensors[0]
         dy = torch.zeros_like(u) if dy is None else dy
         flags = ctx.delta_softplus, ctx.reverse
-        return *selective_scan_bwd(dy, dlast_state, *ctx.saved_tensors, *flags), None, None, None
+        grads = selective_scan_bwd(dy, dlast_state, *ctx.saved_tensors, *flags)
+        return *grads, None, None, None, None
 
 
 def selective_scan(
@@ -762,5 +795,6 @@ def selective_scan(
     y, last_state = SelectiveScan.apply(
         u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse,
         torch.is_grad_enabled(),  # always off within `forward`
+        bool(return_last_state),
     )  # fmt: skip
     return (y, last_state) if return_last_state else y

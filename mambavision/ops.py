@@ -69,6 +69,12 @@ def _largest_dstate() -> int:
     return import_module("mambavision.kernels").MAX_DSTATE
 
 
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    # Asked while tracing, PyTorch before 2.12 says yes within torch.compile, too
+    return torch.compiler.is_exporting()
+
+
 def _triton_refusal(device: torch.device, dstate: int, *tensors: Tensor | None) -> str | None:
     """Why the Triton kernels cannot serve this call, if so."""
     if (missing := _triton_missing()) is not None:
@@ -139,7 +145,7 @@ def _traced(x: Tensor) -> bool:
 
 def _save_states(*tensors: Tensor | None) -> bool:
     """Whether a backward pass may follow. An exported graph computes no states for one."""
-    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+    if _exporting() or not torch.is_grad_enabled():
         return False
     return any(x is not None and x.requires_grad for x in tensors)
 
@@ -351,15 +357,20 @@ _mixer_fwd.register_autograd(_mixer_autograd, setup_context=_mixer_setup)
 # The public operators
 
 
-def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reverse, backend):
-    """(y, last_state) of checked arguments."""
+def _scan(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state, reverse,
+    backend,
+):  # fmt: skip
+    """y, or (y, last_state), of checked arguments."""
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     if _traced(u):
         save_states = _save_states(*inputs)
-        return _selective_scan_fwd(*inputs, delta_softplus, reverse, save_states, backend)[:2]
+        options = (delta_softplus, reverse, save_states, backend)
+        y, last_state, _ = _selective_scan_fwd(*inputs, *options)
+        return (y, last_state) if return_last_state else y
     return _module(backend).selective_scan(
         u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus,
-        initial_state=initial_state, return_last_state=True, reverse=reverse,
+        initial_state=initial_state, return_last_state=return_last_state, reverse=reverse,
     )  # fmt: skip
 
 
@@ -402,10 +413,10 @@ def selective_scan(
     )  # fmt: skip
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     backend = _choose("selective_scan", backend, A.shape[1], *tensors)
-    y, last_state = _scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reverse, backend
-    )
-    return (y, last_state) if return_last_state else y
+    return _scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state,
+        reverse, backend,
+    )  # fmt: skip
 
 
 def selective_scan_fn(
@@ -444,12 +455,15 @@ def selective_scan_fn(
         return x.transpose(1, 2) if x.dim() == 3 else x.permute(0, 3, 1, 2)
 
     backend = _choose(op, "auto", A.shape[1], u, delta, A, B, C, D, z, delta_bias)
-    y, last_state = _scan(
+    results = _scan(
         channel_last(u), channel_last(delta), A, channel_last(B), channel_last(C), D,
-        None if z is None else channel_last(z), delta_bias, delta_softplus, None, False, backend,
+        None if z is None else channel_last(z), delta_bias, delta_softplus, None,
+        return_last_state, False, backend,
     )  # fmt: skip
-    y = y.transpose(1, 2)
-    return (y, last_state) if return_last_state else y
+    if return_last_state:
+        y, last_state = results
+        return y.transpose(1, 2), last_state
+    return results.transpose(1, 2)
 
 
 def conv1d_silu(

@@ -35,6 +35,7 @@ class ScanCase:
     dim: int = 8
     dstate: int = 8
     groups: int = 0  # 0: B and C without a group axis
+    ungrouped: str = ""  # "B" or "C", without that axis where the other has it
     const_B: bool = False
     const_C: bool = False
     without: tuple = ()  # of "D", "delta_bias"
@@ -86,6 +87,16 @@ MODES = [
     ScanCase("reverse-everything", batch=2, reverse=True, initial_state=True, z=True, groups=2),
     ScanCase("everything-7", seqlen=14, initial_state=True, z=True, groups=2),
     ScanCase("everything-wide", seqlen=3, dstate=24, initial_state=True, z=True, reverse=True),
+]
+# What the backward pass sums over several programs. Above 16 states blocks have 4 channels.
+SUMMED = [
+    ScanCase("entries", batch=5, dim=4, dstate=2),
+    ScanCase("entries-const-C", batch=3, dim=4, dstate=2, const_C=True),
+    ScanCase("10-blocks", seqlen=2, dim=300, dstate=1),
+    ScanCase("16-blocks", seqlen=2, dim=64, dstate=17),
+    ScanCase("9-blocks-a-group", batch=2, seqlen=2, dim=72, groups=2, dstate=17),
+    ScanCase("groups-of-B", batch=2, seqlen=3, dim=36, groups=3, dstate=17, ungrouped="C"),
+    ScanCase("groups-of-C", batch=2, seqlen=3, dim=36, groups=3, dstate=17, ungrouped="B"),
 ]
 LAYOUTS = [
     ScanCase(f"layout-{layout}", batch=2, z=True, layout=layout)
@@ -168,20 +179,23 @@ def scan_inputs(case, dtype=torch.float32, device="cpu", seed=0):
     a model keeps them."""
     g = torch.Generator().manual_seed(seed)
     b, n, d, N = case.batch, case.seqlen, case.dim, case.dstate
-    coefficient = (b, n, case.groups, N) if case.groups else (b, n, N)
     state = torch.complex64 if case.complex_A else torch.float32
 
     def values(*shape):
         real = _normal(g, *shape)
         return torch.complex(real, _normal(g, *shape)) if case.complex_A else real
 
+    def by_step(name):
+        grouped = case.groups and name != case.ungrouped
+        return values(b, n, case.groups, N) if grouped else values(b, n, N)
+
     A = -0.1 - 2 * torch.rand(d, N, generator=g)
     tensors = {
         "u": _normal(g, b, n, d, dtype=dtype),
         "delta": (0.5 * _normal(g, b, n, d)).to(dtype),
         "A": torch.complex(A, _normal(g, d, N)) if case.complex_A else A,
-        "B": values(d, N) if case.const_B else values(*coefficient),
-        "C": values(d, N) if case.const_C else values(*coefficient),
+        "B": values(d, N) if case.const_B else by_step("B"),
+        "C": values(d, N) if case.const_C else by_step("C"),
         "D": _normal(g, d),
         "delta_bias": _normal(g, d),
     }

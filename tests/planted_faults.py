@@ -97,8 +97,9 @@ FAULTS = [
         "selective_scan.py::test_float32[dstate-16]", "y",
     ),
     Fault(
-        "16-bit values of this iteration for the next one, too", REGISTERS,
-        "ptr, stride_l, t_next, seqlen, dstate", "ptr, stride_l, t0, seqlen, dstate",
+        "rows of the first steps in every iteration", REGISTERS,
+        "t = tl.minimum(t0 + tl.arange(0, ROWS), seqlen - 1)\n        offs_n",
+        "t = tl.minimum(0 * t0 + tl.arange(0, ROWS), seqlen - 1)\n        offs_n",
         "selective_scan.py::test_16_bit_without_gradients[float16-8x7x32x1x1]", "y",
     ),
     Fault(
@@ -122,8 +123,39 @@ FAULTS = [
         "selective_scan.py::test_without_gradients[initial-state-7x32x2x8]", "y",
     ),
     Fault(
-        "dB taken for dC", SCAN, "over_all)[..., dstate:]", "over_all)[..., :dstate]",
+        "dB taken for dC", SCAN, "dBC_ptr + dstate, dC_ptr,", "dBC_ptr, dC_ptr,",
         "selective_scan.py::test_float32[one-full-block]", "dC",
+    ),
+    Fault(
+        "batch entries behind the first block left out of sums", SCAN,
+        "entry = first + tl.arange(0, ENTRIES)[:, None]",
+        "entry = 2 * first + tl.arange(0, ENTRIES)[:, None]",
+        "selective_scan.py::test_sums_over_programs[entries]", "dA",
+    ),
+    Fault(
+        "last batch entry left out of sums", SCAN,
+        "(entry < entries) & mask[None, :]", "(entry < entries - 1) & mask[None, :]",
+        "selective_scan.py::test_sums_over_programs[entries]", "dA",
+    ),
+    Fault(
+        "first blocks summed for every group", SCAN,
+        "group * BLOCKS * rows + row", "0 * group * BLOCKS * rows + row",
+        "selective_scan.py::test_sums_over_programs[9-blocks-a-group]", "dB",
+    ),
+    Fault(
+        "last block of a group left out of dB", SCAN,
+        "mask & (k + i < BLOCKS)", "mask & (k + i < BLOCKS - 1)",
+        "selective_scan.py::test_sums_over_programs[9-blocks-a-group]", "dB",
+    ),
+    Fault(
+        "dB summed by the groups of C", SCAN,
+        "groups_B, blocks // groups_B, ROWS", "groups_B, blocks // groups_C, ROWS",
+        "selective_scan.py::test_sums_over_programs[groups-of-C]", "dB",
+    ),
+    Fault(
+        "dC summed by the groups of B", SCAN,
+        "blocks // groups_C, ROWS", "blocks // groups_B, ROWS",
+        "selective_scan.py::test_sums_over_programs[groups-of-B]", "dC",
     ),
     Fault(
         "derivative of the gate", SCAN, "dy * y * dev.dsilu(z)", "dy * y * dev.sigmoid(z)",
@@ -145,7 +177,7 @@ FAULTS = [
     ),
     Fault(
         "constant dB summed over one entry", SCAN,
-        "None if x is None else x.sum(0)", "None if x is None else x[0]",
+        "dB_partial.sum(0) if const_B", "dB_partial[0] if const_B",
         "selective_scan.py::test_float32[const-B]", "dB",
     ),
     Fault(

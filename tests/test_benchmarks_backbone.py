@@ -169,6 +169,36 @@ def test_gate_refuses_nan(small, gate):
         gate.check(broken, chosen, torch.float32)
 
 
+class WrongFor(torch.nn.Module):
+    """Right, but for the last image of one batch size. Notes what it is given."""
+
+    def __init__(self, model, batch):
+        super().__init__()
+        self.model, self.batch, self.seen = model, batch, []
+
+    def forward(self, images):
+        self.seen.append(images)
+        logits = self.model(images)
+        if len(images) == self.batch:
+            logits[-1] = 0
+        return logits
+
+
+def test_gate_asks_for_the_batch_that_is_measured(small, gate):
+    chosen = way("ours", "channels_last")
+    wrong = WrongFor(chosen.make(small, torch.float32), batch=3)
+    for batch in (1, 2, 4):
+        gate.check(wrong, chosen, torch.float32, batch)
+    with pytest.raises(ways.Wrong, match="logits, relative to the largest, off by .* allowed"):
+        gate.check(wrong, chosen, torch.float32, 3)
+    assert [len(images) for images in wrong.seen] == [1, 2, 4, 3]
+    first, second = gate.images
+    for images in wrong.seen:
+        assert images.stride(1) == 1
+        for i, image in enumerate(images):
+            assert torch.equal(image, (first, second)[i % 2])
+
+
 def test_scan_left_out_computes_something_else(small, gate):
     chosen = way("no_scan")
     assert not chosen.gated

@@ -112,8 +112,8 @@ class Recorder:
 
 
 def test_launches_and_the_bytes_they_move(monkeypatch):
-    """Three launches forward, and backward four and the scan again for its states. No tensor of a
-    sequence is an argument twice, except x, over which the scan writes y."""
+    """Two launches forward; backward four, the scan again for its states, and the scan's sums. No
+    tensor of a sequence is an argument twice, except x, over which the scan writes y."""
     launches = []
     for owner in (module, scan):
         for name, value in list(vars(owner).items()):
@@ -134,13 +134,14 @@ def test_launches_and_the_bytes_they_move(monkeypatch):
     names = [name for name, _ in launches]
     assert names[:forward] == ["project_kernel", "scan_fwd_kernel"]
     assert names[forward:] == [
-        "project_kernel", "scan_fwd_kernel", "scan_bwd_kernel", "project_bwd_kernel",
-        "convolve_bwd_kernel",
+        "project_kernel", "scan_fwd_kernel", "scan_bwd_kernel", "sums_kernel",
+        "project_bwd_kernel", "convolve_bwd_kernel",
     ]  # fmt: skip
     moved = {name: units(arguments) for name, arguments in launches}
     assert units(launches[0][1]) == {"xz": 2, "x": 2, "delta": 1}
     # Of xz the half of x alone
     assert moved["project_kernel"] == {"xz": 2, "x": 1, "delta": 1}
+    assert not moved["sums_kernel"]
     assert moved["project_bwd_kernel"] == {"ddelta": 1, "dx": 1}
     assert moved["convolve_bwd_kernel"] == {"dx": 1, "dyz": 2, "xz": 2, "dxz": 2}
     for name, arguments in launches:

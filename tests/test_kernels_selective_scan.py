@@ -17,6 +17,7 @@ from cases import (
     NARROW,
     SHAPES,
     STATES,
+    SUMMED,
     TOLERANCES,
     VALUES,
     ScanCase,
@@ -56,6 +57,20 @@ def check(case, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("case", FAST, ids=ids(FAST))
 def test_float32(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", SUMMED, ids=ids(SUMMED))
+def test_sums_over_programs(case, monkeypatch):
+    """In blocks so small that few entries and rows fill several."""
+    monkeypatch.setattr(module, "SUMS", {**module.SUMS, "ENTRIES": 2, "ROWS": 4})
+    check(case)
+
+
+@pytest.mark.slow
+def test_sums_over_more_entries_and_rows_than_a_block():
+    case = ScanCase("", batch=65, seqlen=2, dim=2, dstate=1)
+    assert case.batch > module.SUMS["ENTRIES"] and case.batch * case.seqlen > module.SUMS["ROWS"]
     check(case)
 
 
@@ -135,7 +150,6 @@ def test_without_gradients(case, config):
 @each_line("FORWARD")
 @pytest.mark.parametrize("dtype", (HALF, BRAIN), ids=("float16", "bfloat16"))
 def test_16_bit_without_gradients(dtype, config):
-    """B and C of an iteration are widened in the one before: several iterations."""
     check_forward(ScanCase("", batch=2, dim=72, seqlen=33), dtype)
 
 
