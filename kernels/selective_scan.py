@@ -560,13 +560,14 @@ def _sum_over_blocks(
     row = pid // groups * ROWS + tl.arange(0, ROWS)[:, None]
     n = tl.arange(0, N)[None, :]
     mask = (row < rows) & (n < dstate)
-    at = dBC_ptr + (group * BLOCKS * rows + row) * (2 * dstate) + n
+    dBC_ptr += group * BLOCKS * rows * (2 * dstate)
+    at = row * (2 * dstate) + n
     total = tl.zeros((ROWS, N), tl.float32)
     for k in range(0, BLOCKS, AHEAD):
         for i in tl.static_range(min(AHEAD, BLOCKS)):
             in_group = mask if BLOCKS % AHEAD == 0 or BLOCKS < AHEAD else mask & (k + i < BLOCKS)
-            ahead = tl.cast(k + i, tl.int64) * rows * (2 * dstate)
-            total += tl.load(at + ahead, mask=in_group, other=0.0)
+            block_ptr = dBC_ptr + tl.cast(k + i, tl.int64) * rows * (2 * dstate)
+            total += tl.load(block_ptr + at, mask=in_group, other=0.0)
     dev.store(sum_ptr + (row * groups + group) * dstate + n, total, mask)
 
 
@@ -750,8 +751,7 @@ def selective_scan_bwd(
         batch, batch * seqlen, dim * (dstate + 2), blocks, dstate, groups_B, groups_C,
     )  # fmt: skip
     parts = (not const_B) * groups_B + (not const_C) * groups_C
-    programs = triton.cdiv(sums.numel(), SUMS["COLUMNS"])
-    programs += triton.cdiv(batch * seqlen, SUMS["ROWS"]) * parts
+    programs = -(-dim * (dstate + 2) // SUMS["COLUMNS"]) - (-batch * seqlen // SUMS["ROWS"]) * parts
     dev.launch(_sums_kernel, (programs,), args, SUMS)
     dA, dD, ddelta_bias = sums.split((A.numel(), dim, dim))
     return (

@@ -139,7 +139,7 @@ FAULTS = [
     ),
     Fault(
         "first blocks summed for every group", SCAN,
-        "group * BLOCKS * rows + row", "0 * group * BLOCKS * rows + row",
+        "dBC_ptr += group * BLOCKS * rows", "dBC_ptr += 0 * group * BLOCKS * rows",
         "selective_scan.py::test_sums_over_programs[9-blocks-a-group]", "dB",
     ),
     Fault(
