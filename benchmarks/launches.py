@@ -148,10 +148,10 @@ def call_selective_scan(case: Case) -> None:
     initial = case.tensor(case.batch, case.dim, case.dstate, dtype="float32")
     inputs = (u, delta, A, B, C, D, z, bias, initial if "initial" in modes else None)
     reverse = "reverse" in modes
-    last_state_too = "initial" in modes
-    op.selective_scan_fwd(*inputs, True, reverse, False, last_state_too=last_state_too)
+    return_last_state = "initial" in modes
+    op.selective_scan_fwd(*inputs, True, reverse, False, return_last_state=return_last_state)
     y, _, states = op.selective_scan_fwd(
-        *inputs, True, reverse, True, last_state_too=last_state_too
+        *inputs, True, reverse, True, return_last_state=return_last_state
     )
     op.selective_scan_bwd(torch.empty_like(y), None, *inputs, states, True, reverse)
 

@@ -20,7 +20,8 @@ dstate columns, weights and partial sums come on top:
     forward   project    reads x and z of xz, 2       writes x and z of yz, delta, 3
               scan       reads x of yz, delta, 2      writes y over x, 1
     backward  project    reads x of xz, 1             writes x, delta, 2
-              scan       twice: for its states, and its backward pass, sums apart
+              scan       twice: for its states, and its backward pass
+              sums       of dA, dB, dC, dD and the bias over the scan's programs
               _project_bwd_kernel   reads ddelta, dx, 2          writes dx in place, 1
               _convolve_bwd_kernel  reads x and z of xz, dx, dz, 4    writes dxz, 2
 
@@ -304,7 +305,7 @@ def mixer_fwd(
     # x and B are the first columns of yz and BC
     C = BC[..., dstate:]
     scanned = (yz, delta, A, BC, C, D, None, delta_bias, None)
-    selective_scan_fwd(*scanned, True, False, False, y=yz, last_state_too=False)
+    selective_scan_fwd(*scanned, True, False, False, y=yz, return_last_state=False)
     return yz, dt_low, BC, BC.new_empty(0)
 
 
@@ -331,7 +332,7 @@ def mixer_bwd(
             conv_x_bias, None, x, delta, low, None,
         )  # fmt: skip
     scanned = (x, delta, A, BC, BC[..., dstate:], D, None, delta_bias, None)
-    _, _, states = selective_scan_fwd(*scanned, True, False, True, last_state_too=False)
+    _, _, states = selective_scan_fwd(*scanned, True, False, True, return_last_state=False)
     dx, ddelta, dA, dB, dC, dD, _, ddelta_bias, _ = selective_scan_bwd(
         dyz, None, *scanned, states, True, False
     )

@@ -101,6 +101,7 @@ BACKWARD = (
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 if not torch.version.hip:
     OPTIONS["maxnreg"] = 255
+# Small programs: what they read is in the cache or far away, and many must be waiting for it
 SUMS = {"ENTRIES": 64, "COLUMNS": 32, "ROWS": 128, "num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -636,7 +637,7 @@ def states_shape(batch, seqlen, dim, dstate):
 
 def selective_scan_fwd(
     u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, save_states,
-    y=None, last_state_too=True,
+    y=None, return_last_state=True,
 ):  # fmt: skip
     """(y, last_state, states), states empty unless `save_states`, last_state None where not asked.
 
@@ -654,7 +655,7 @@ def selective_scan_fwd(
     constants = _forward_constants(batch, seqlen, dim, groups, dstate, save_states)
     y = u.new_empty(batch, seqlen, dim) if y is None else y
     last_state = None
-    if last_state_too:
+    if return_last_state:
         last_state = u.new_empty(batch, dim, dstate, dtype=torch.float32)
     shape = states_shape(batch, seqlen, dim, dstate) if save_states else (0,)
     states = u.new_empty(shape, dtype=torch.float32)
@@ -708,7 +709,8 @@ def selective_scan_bwd(
     ddelta = empty(batch, seqlen, dim, dtype=delta.dtype)
     dz = None if z is None else empty(batch, seqlen, dim, dtype=z.dtype)
     # Before sums over batch entries or blocks of channels
-    partial = empty(batch, dim * (dstate + 2))
+    columns = dim * (dstate + 2)
+    partial = empty(batch, columns)
     dBC = None if const_B and const_C else empty(blocks, batch, seqlen, 2 * dstate)
     dB_partial = empty(batch, dim, dstate) if const_B else None
     dC_partial = empty(batch, dim, dstate) if const_C else None
@@ -739,7 +741,7 @@ def selective_scan_bwd(
         )  # fmt: skip
         dev.launch(_scan_bwd_kernel, (batch * blocks,), args, OPTIONS)
 
-    sums = empty(dim * (dstate + 2))
+    sums = empty(columns)
     dB = dB_partial.sum(0) if const_B else empty(*B.shape, dtype=B.dtype)
     dC = dC_partial.sum(0) if const_C else empty(*C.shape, dtype=C.dtype)
     args = (
@@ -748,10 +750,11 @@ def selective_scan_bwd(
         sums,
         None if const_B else dB,
         None if const_C else dC,
-        batch, batch * seqlen, dim * (dstate + 2), blocks, dstate, groups_B, groups_C,
+        batch, batch * seqlen, columns, blocks, dstate, groups_B, groups_C,
     )  # fmt: skip
-    parts = (not const_B) * groups_B + (not const_C) * groups_C
-    programs = -(-dim * (dstate + 2) // SUMS["COLUMNS"]) - (-batch * seqlen // SUMS["ROWS"]) * parts
+    row_blocks = -(-batch * seqlen // SUMS["ROWS"])
+    programs = -(-columns // SUMS["COLUMNS"])
+    programs += row_blocks * ((not const_B) * groups_B + (not const_C) * groups_C)
     dev.launch(_sums_kernel, (programs,), args, SUMS)
     dA, dD, ddelta_bias = sums.split((A.numel(), dim, dim))
     return (
@@ -764,10 +767,10 @@ def selective_scan_bwd(
 class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, grad_enabled, last_state_too = arguments
+        *inputs, grad_enabled, return_last_state = arguments
         save_states = grad_enabled and any(ctx.needs_input_grad)
         y, last_state, states = selective_scan_fwd(
-            *inputs, save_states, last_state_too=last_state_too
+            *inputs, save_states, return_last_state=return_last_state
         )
         *tensors, ctx.delta_softplus, ctx.reverse = inputs
         ctx.save_for_backward(*tensors, states)

@@ -71,7 +71,7 @@ def _largest_dstate() -> int:
 
 @torch.compiler.assume_constant_result
 def _exporting() -> bool:
-    # Asked while tracing, PyTorch before 2.12 says yes within torch.compile, too
+    # Asked while tracing, PyTorch 2.11 says yes within torch.compile, too
     return torch.compiler.is_exporting()
 
 
