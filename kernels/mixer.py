@@ -20,16 +20,16 @@ dstate columns, weights and partial sums come on top:
     forward   project    reads x and z of xz, 2       writes x and z of yz, delta, 3
               scan       reads x of yz, delta, 2      writes y over x, 1
     backward  project    reads x of xz, 1             writes x, delta, 2
-              scan       twice: for its states, and its backward pass
-              sums       of dA, dB, dC, dD and the bias over the scan's programs
+              scan       reads x, delta twice, dy, 5   writes dx, ddelta, 2
               _project_bwd_kernel   reads ddelta, dx, 2          writes dx in place, 1
               _convolve_bwd_kernel  reads x and z of xz, dx, dz, 4    writes dxz, 2
 
 Split: `project` takes whole rows, because W_x sums over channels. A program owns BLOCK_L runs of
 STEPS rows, convolves them channel block by channel block (see conv1d_silu.py), accumulates x W_x^T
 in registers on the way (`tl.dot`), and multiplies what it got by W_dt. z needs no other channel, so
-other programs of the same launch own blocks of z. `_project_bwd_kernel` takes whole rows, too. The
-weights' gradients are two library products over all rows.
+other programs of the same launch own blocks of z. `_project_bwd_kernel` takes whole rows, too, and
+sums what the scan's programs left: dB and dC in the programs that use them, dA, dD and ddelta_bias
+in others. The weights' gradients are two library products over all rows.
 
 Source: arXiv 2407.08083, section 3. `delta_bias` is all that is added inside the softplus.
 """
@@ -52,7 +52,13 @@ from .conv1d_silu import (
     runs_of,
     share_out,
 )
-from .selective_scan import selective_scan_bwd, selective_scan_fwd
+from .selective_scan import (
+    SUMS,
+    partial_bwd,
+    selective_scan_fwd,
+    sum_over_blocks,
+    sum_over_entries,
+)
 
 # Programs that take whole rows, by bytes per element: from so many rows on, and up to so many
 # columns of W_x, each of its two parts padded to a power of two: rows, and channels at a time. Tall
@@ -156,56 +162,66 @@ def _project_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "entries"])
 def _project_bwd_kernel(
     ddelta_ptr,  # (rows, dim)
-    dB_ptr,  # (rows, dstate)
-    dC_ptr,  # (rows, dstate)
+    dBC_ptr,  # (blocks, rows, 2 dstate)
+    partial_ptr,  # (entries, columns)
     x_proj_weight_ptr,  # (dt_rank + 2 dstate, dim)
     dt_proj_weight_ptr,  # (dim, dt_rank)
     dx_ptr,  # (rows, dim), added to
     dw_ptr, stride_dwl: tl.constexpr,  # (rows, dt_rank + 2 dstate)
-    rows, dim: tl.constexpr, dt_rank: tl.constexpr, dstate: tl.constexpr,
+    sum_ptr,  # (columns,)
+    rows, entries, dim: tl.constexpr, dt_rank: tl.constexpr, dstate: tl.constexpr,
+    blocks: tl.constexpr, columns: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
-    mask_l = row < rows
-    dtype: tl.constexpr = dx_ptr.dtype.element_ty
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    offs_k = tl.arange(0, BLOCK_D)[:, None]
-    offs_r = tl.arange(0, BLOCK_R)[None, :]
-    offs_n = tl.arange(0, BLOCK_N)[None, :]
-    W_BC_ptr = x_proj_weight_ptr + dt_rank * dim
-    at = ddelta_ptr + (row * dim + offs_d)
-    ahead = tl.load(at, mask=mask_l & (offs_d < dim), other=0.0)
-    dt_low = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
-    for d in range(0, dim, BLOCK_D):
-        ddelta = ahead
-        ahead = tl.load(
-            at + d + BLOCK_D, mask=mask_l & (d + offs_d < dim - BLOCK_D), other=0.0
-        )
-        W_dt = load_matrix(dt_proj_weight_ptr, dt_rank, 1, d + offs_k, dim, offs_r, dt_rank)
-        dt_low = tl.dot(ddelta, W_dt.to(dtype), dt_low, input_precision="ieee")
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(rows, BLOCK_L)
+    if pid < tiles:
+        row = pid * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
+        mask_l = row < rows
+        dtype: tl.constexpr = dx_ptr.dtype.element_ty
+        offs_d = tl.arange(0, BLOCK_D)[None, :]
+        offs_k = tl.arange(0, BLOCK_D)[:, None]
+        offs_r = tl.arange(0, BLOCK_R)[None, :]
+        offs_n = tl.arange(0, BLOCK_N)[None, :]
+        W_BC_ptr = x_proj_weight_ptr + dt_rank * dim
+        at = ddelta_ptr + (row * dim + offs_d)
+        ahead = tl.load(at, mask=mask_l & (offs_d < dim), other=0.0)
+        mask_n = mask_l & (offs_n < 2 * dstate)
+        AHEAD: tl.constexpr = max(1, 64 // BLOCK_N)
+        dBC = sum_over_blocks(dBC_ptr, row, offs_n, mask_n, rows, blocks, dstate, AHEAD)
+        dt_low = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
+        for d in range(0, dim, BLOCK_D):
+            ddelta = ahead
+            ahead = tl.load(
+                at + d + BLOCK_D, mask=mask_l & (d + offs_d < dim - BLOCK_D), other=0.0
+            )
+            W_dt = load_matrix(dt_proj_weight_ptr, dt_rank, 1, d + offs_k, dim, offs_r, dt_rank)
+            dt_low = tl.dot(ddelta, W_dt.to(dtype), dt_low, input_precision="ieee")
 
-    at = dx_ptr + (row * dim + offs_d)
-    ahead = tl.load(at, mask=mask_l & (offs_d < dim), other=0.0)
-    mask_B, mask_C = offs_n < dstate, (offs_n >= dstate) & (offs_n < 2 * dstate)
-    dBC = tl.load(dB_ptr + (row * dstate + offs_n), mask=mask_l & mask_B, other=0.0)
-    dBC += tl.load(dC_ptr + (row * dstate + offs_n - dstate), mask=mask_l & mask_C, other=0.0)
-    dt_low, dBC = dt_low.to(dtype), dBC.to(dtype)
-    dw_ptr = dw_ptr + row * stride_dwl
-    tl.store(dw_ptr + offs_r, dt_low, mask=mask_l & (offs_r < dt_rank))
-    tl.store(dw_ptr + dt_rank + offs_n, dBC, mask=mask_l & (offs_n < 2 * dstate))
-    offs_r = tl.arange(0, BLOCK_R)[:, None]
-    offs_n = tl.arange(0, BLOCK_N)[:, None]
-    for d in range(0, dim, BLOCK_D):
-        dx = ahead.to(tl.float32)
-        ahead = tl.load(at + d + BLOCK_D, mask=mask_l & (d + offs_d < dim - BLOCK_D), other=0.0)
-        W_low = load_matrix(x_proj_weight_ptr, dim, 1, offs_r, dt_rank, d + offs_d, dim)
-        W_BC = load_matrix(W_BC_ptr, dim, 1, offs_n, 2 * dstate, d + offs_d, dim)
-        new = tl.dot(dt_low, W_low.to(dtype), input_precision="ieee")
-        dx += tl.dot(dBC, W_BC.to(dtype), new, input_precision="ieee")
-        dev.store(at + d, dx, mask_l & (d + offs_d < dim))
+        at = dx_ptr + (row * dim + offs_d)
+        ahead = tl.load(at, mask=mask_l & (offs_d < dim), other=0.0)
+        dt_low, dBC = dt_low.to(dtype), dBC.to(dtype)
+        dw_at = dw_ptr + row * stride_dwl
+        tl.store(dw_at + offs_r, dt_low, mask=mask_l & (offs_r < dt_rank))
+        tl.store(dw_at + dt_rank + offs_n, dBC, mask=mask_n)
+        offs_r = tl.arange(0, BLOCK_R)[:, None]
+        offs_n = tl.arange(0, BLOCK_N)[:, None]
+        for d in range(0, dim, BLOCK_D):
+            dx = ahead.to(tl.float32)
+            ahead = tl.load(
+                at + d + BLOCK_D, mask=mask_l & (d + offs_d < dim - BLOCK_D), other=0.0
+            )
+            W_low = load_matrix(x_proj_weight_ptr, dim, 1, offs_r, dt_rank, d + offs_d, dim)
+            W_BC = load_matrix(W_BC_ptr, dim, 1, offs_n, 2 * dstate, d + offs_d, dim)
+            new = tl.dot(dt_low, W_low.to(dtype), input_precision="ieee")
+            dx += tl.dot(dBC, W_BC.to(dtype), new, input_precision="ieee")
+            dev.store(at + d, dx, mask_l & (d + offs_d < dim))
+    else:
+        sum_over_entries(partial_ptr, sum_ptr, pid - tiles, entries, columns, ENTRIES, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["batch", "seqlen", "count"])
@@ -244,8 +260,8 @@ def _convolve_bwd_kernel(
 
 @lru_cache(maxsize=1024)
 def _tile(batch, seqlen, dim, dt_rank, dstate, itemsize):
-    """Programs over rows, beside them programs over z, and the constants of a program over rows;
-    and of one that may own z."""
+    """Programs over rows, beside them programs over z; constants of the launch that may have these,
+    and of the one backward that sums."""
     block_r, block_n = (max(16, triton.next_power_of_2(n)) for n in (dt_rank, 2 * dstate))
     rows, width = batch * seqlen, block_r + block_n
     tile = next((c for low, high, c in TILES[itemsize] if rows >= low and width <= high), None)
@@ -256,7 +272,8 @@ def _tile(batch, seqlen, dim, dt_rank, dstate, itemsize):
     both = {"Z_STEPS": 7, "Z_BLOCK_L": 1024 // tile["BLOCK_D"], **tile}
     z_blocks = triton.cdiv(batch * triton.cdiv(seqlen, 7), both["Z_BLOCK_L"])
     z_programs = z_blocks * triton.cdiv(dim, tile["BLOCK_D"])
-    return triton.cdiv(rows, tile["BLOCK_L"]), z_programs, tile, both
+    summing = {"ENTRIES": SUMS["ENTRIES"], "COLUMNS": SUMS["COLUMNS"], **tile}
+    return triton.cdiv(rows, tile["BLOCK_L"]), z_programs, both, summing
 
 
 def _project(
@@ -265,7 +282,7 @@ def _project(
 ):  # fmt: skip
     """Writes x, and z behind it unless conv_z_weight is None, delta, and dt_low and BC if given."""
     (batch, seqlen, dim), dt_rank = delta.shape, dt_proj_weight.shape[1]
-    programs, z_programs, _, tile = _tile(batch, seqlen, dim, dt_rank, dstate, xz.element_size())
+    programs, z_programs, tile, _ = _tile(batch, seqlen, dim, dt_rank, dstate, xz.element_size())
     with_z = conv_z_weight is not None
     args = (
         xz, stride_xzl,
@@ -332,28 +349,28 @@ def mixer_bwd(
             conv_x_bias, None, x, delta, low, None,
         )  # fmt: skip
     scanned = (x, delta, A, BC, BC[..., dstate:], D, None, delta_bias, None)
-    _, _, states = selective_scan_fwd(*scanned, True, False, True, return_last_state=False)
-    dx, ddelta, dA, dB, dC, dD, _, ddelta_bias, _ = selective_scan_bwd(
-        dyz, None, *scanned, states, True, False
-    )
+    dx, ddelta, _, _, partial = partial_bwd(dyz, None, *scanned, None, True, False)
+    scan_sums = xz.new_empty(dim * (dstate + 2), dtype=torch.float32)
     dw = _aligned(xz, rows, dt_rank + 2 * dstate)
     dxz = xz.new_empty(batch, seqlen, 2 * dim)
     blocks, blocks_d = blocks_of("bwd", batch, seqlen, dim)
     count, programs = share_out(blocks, 2 * blocks_d)
     sums = xz.new_empty(programs, 2, dim, max(widths) + 1, dtype=torch.float32)
+    tiles, _, _, tile = _tile(batch, seqlen, dim, dt_rank, dstate, xz.element_size())
+    args = (
+        ddelta,
+        partial.over_blocks,
+        partial.over_entries,
+        x_proj_weight.contiguous(),
+        dt_proj_weight.contiguous(),
+        dx,
+        dw, dw.stride(0),
+        scan_sums,
+        rows, batch, dim, dt_rank, dstate, partial.over_blocks.shape[0], scan_sums.shape[0],
+    )  # fmt: skip
+    programs_over_entries = -(-scan_sums.shape[0] // tile["COLUMNS"])
+    dev.launch(_project_bwd_kernel, (tiles + programs_over_entries,), args, tile)
     if batch:
-        tiles, _, tile, _ = _tile(batch, seqlen, dim, dt_rank, dstate, xz.element_size())
-        args = (
-            ddelta,
-            dB,
-            dC,
-            x_proj_weight.contiguous(),
-            dt_proj_weight.contiguous(),
-            dx,
-            dw, dw.stride(0),
-            rows, dim, dt_rank, dstate,
-        )  # fmt: skip
-        dev.launch(_project_bwd_kernel, (tiles,), args, tile)
         args = (
             dx,
             dyz, stride_dyzl,
@@ -373,6 +390,7 @@ def mixer_bwd(
     ddt_proj_weight = x.new_empty(dt_proj_weight.shape)
     torch.mm(ddelta.view(rows, dim).t(), low, out=ddt_proj_weight)
     sums_x, sums_z = sums.sum(0).unbind()
+    dA, dD, ddelta_bias = scan_sums.split((A.numel(), dim, dim))
 
     def shaped(part, like):
         return None if like is None else dev.cast(part.view(like.shape), like)
@@ -383,9 +401,9 @@ def mixer_bwd(
         shaped(sums_z[:, : widths[1]], conv_z_weight),
         dev.cast(dx_proj_weight, x_proj_weight),
         dev.cast(ddt_proj_weight, dt_proj_weight),
-        dA,
-        dD,
-        ddelta_bias,
+        dev.cast(dA.view(A.shape), A),
+        dev.cast(dD, D),
+        dev.cast(ddelta_bias, delta_bias),
         shaped(sums_x[:, widths[0]], conv_x_bias),
         shaped(sums_z[:, widths[1]], conv_z_bias),
     )

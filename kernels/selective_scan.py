@@ -33,9 +33,10 @@ A step's rows are used once, far from any cache, and one or two warps a schedule
 the loops copy tiles of STEPS rows to shared memory, asynchronously, two iterations before they are
 used (`STAGES`): Triton does this by itself where a lane copies at least 4 bytes.
 
-In training the forward pass keeps the state before every STEPS steps (`states`); the backward pass
-re-runs these steps in registers and sweeps them in reverse. Sums over programs have two stages,
-partials and a second launch that adds them in order, hence the same bits in every run.
+In training the forward pass keeps the state before every STEPS steps (`states`), or the programs of
+the backward pass write it first, for themselves; then they re-run these steps in registers and
+sweep them in reverse. Sums over programs have two stages, partials and a second launch that adds
+them in order, hence the same bits in every run.
 
 Source: Gu and Dao, arXiv 2312.00752, section 3; the gradients follow from the equations above.
 """
@@ -56,11 +57,13 @@ STAGES = tl.constexpr(3)  # iterations in flight
 
 
 class Config(NamedTuple):
-    """Launch parameters for up to `dstate` states, `seqlen` steps and `channels` = batch * dim."""
+    """Launch parameters for up to `dstate` states, `seqlen` steps, `channels` = batch * dim and
+    `itemsize` bytes of an element of B or C."""
 
     dstate: int
     seqlen: float
     channels: float
+    itemsize: float
     STEPS: tuple[int, ...]  # the first of those that walk the fewest steps
     BLOCK_D: int
     BLOCK_N: int
@@ -72,27 +75,30 @@ class Config(NamedTuple):
 ANY = float("inf")
 # The first that serves a call. `make static-report` counts registers, spills and instructions.
 FORWARD = (
-    Config(8, ANY, 2048, (7, 4), 32, 4, 2, 16, "16 times the warps, twice the work: 10 us, not 21"),
-    Config(8, ANY, 8192, (7,), 32, 4, 2, 8, "8 times the warps for twice the work"),
-    Config(8, ANY, 51000, (8, 7), 32, 4, 1, 1, "7 divides windows of 7 x 7 and 14 x 14"),
-    Config(8, 64, ANY, (8, 7), 32, 4, 1, 1, "more warps hide where short sequences begin and end"),
-    Config(8, ANY, ANY, (8, 7), 64, 4, 1, 1, "two channels a lane read B and C once"),
-    Config(16, ANY, ANY, (4,), 32, 4, 2, 1, "twice the registers per step, so half the steps"),
-    Config(64, ANY, ANY, (2,), 8, 16, 1, 1, "64 states fit no lane; 4 lanes a channel hold them"),
+    Config(8, ANY, 2048, ANY, (7, 4), 32, 4, 2, 16, "16 times the warps, twice the work: 10 us, 21"),
+    Config(8, ANY, 8192, ANY, (7,), 32, 4, 2, 8, "8 times the warps for twice the work"),
+    Config(8, ANY, 51000, 2, (8, 7), 32, 4, 2, 1, "a lane widens half of B and C: 1 to 6 % faster"),
+    Config(8, ANY, 51000, ANY, (8, 7), 32, 4, 1, 1, "7 divides windows of 7 x 7 and 14 x 14"),
+    Config(8, 64, ANY, 2, (8, 7), 32, 4, 2, 1, "more warps hide where short sequences begin"),
+    Config(8, 64, ANY, ANY, (8, 7), 32, 4, 1, 1, "as above"),
+    Config(8, ANY, ANY, ANY, (8, 7), 64, 4, 1, 1, "two channels a lane read B and C once"),
+    Config(16, ANY, ANY, ANY, (4,), 32, 4, 2, 1, "twice the registers per step, half the steps"),
+    Config(64, ANY, ANY, ANY, (2,), 8, 16, 1, 1, "64 states fit no lane; 4 lanes hold them"),
 )
 # Forward passes that keep states, one for each run of steps that the backward pass takes: STEPS are
 # a multiple of that.
 KEEPING = (
-    Config(8, ANY, 45000, (8,), 32, 4, 1, 1, "28 us at T, stage 3; 32 with 4 steps"),
-    Config(8, 512, ANY, (4,), 32, 4, 1, 1, "61 us at L, stage 3; 72 with 8 steps, 71 with 64 wide"),
-    Config(8, ANY, ANY, (8,), 64, 4, 1, 1, "390 us at 1024 x 512; 444 with 32 wide"),
-    Config(16, ANY, ANY, (4,), 32, 4, 2, 1, "as without states kept"),
-    Config(64, ANY, ANY, (2,), 8, 16, 1, 1, "as without states kept"),
+    Config(8, ANY, 45000, 2, (8,), 32, 4, 2, 1, "29.4 us at T, stage 3; 34 with 4 steps"),
+    Config(8, ANY, 45000, ANY, (8,), 32, 4, 1, 1, "28.9 us at T, stage 3; 33 with 4 steps"),
+    Config(8, 512, ANY, ANY, (4,), 32, 4, 1, 1, "61 us at L, stage 3; 72 with 8 steps, 71 64 wide"),
+    Config(8, ANY, ANY, ANY, (8,), 64, 4, 1, 1, "390 us at 1024 x 512; 444 with 32 wide"),
+    Config(16, ANY, ANY, ANY, (4,), 32, 4, 2, 1, "as without states kept"),
+    Config(64, ANY, ANY, ANY, (2,), 8, 16, 1, 1, "as without states kept"),
 )
 BACKWARD = (
-    Config(8, ANY, ANY, (4,), 32, 4, 2, 1, "193 slots a step; 7 steps take 16 s to compile"),
-    Config(16, ANY, ANY, (2,), 32, 4, 2, 1, "twice the registers per step, so half the steps"),
-    Config(64, ANY, ANY, (2,), 4, 16, 1, 1, "64 states fit no lane; 8 lanes a channel hold them"),
+    Config(8, ANY, ANY, ANY, (4,), 32, 4, 2, 1, "193 slots a step; 7 steps take 16 s to compile"),
+    Config(16, ANY, ANY, ANY, (2,), 32, 4, 2, 1, "twice the registers per step, half the steps"),
+    Config(64, ANY, ANY, ANY, (2,), 4, 16, 1, 1, "64 states fit no lane; 8 lanes hold them"),
 )
 # One warp per program: a channel's work is sequential, more warps help only by number. Fusing
 # a * b + c is a quarter of the arithmetic, and Triton releases differ in their default. Left alone,
@@ -105,16 +111,15 @@ if not torch.version.hip:
 SUMS = {"ENTRIES": 64, "COLUMNS": 32, "ROWS": 128, "num_warps": 4, "enable_fp_fusion": True}
 
 
-def _config(table, dstate, seqlen=ANY, channels=ANY):
-    return next(
-        c for c in table if dstate <= c.dstate and seqlen <= c.seqlen and channels <= c.channels
-    )
+def _config(table, *sizes):
+    """The first line for this dstate, seqlen, channels and itemsize."""
+    return next(c for c in table if all(size <= most for size, most in zip(sizes, c[:4])))
 
 
 @cache
-def _forward_constants(batch, seqlen, dim, groups, dstate, save_states):
+def _forward_constants(batch, seqlen, dim, groups, dstate, itemsize, save_states):
     """STEPS, BLOCK_D, BLOCK_N, LANES, SPLIT, EVEN_L, EVEN_D, KEEP of a launch."""
-    config = _config(KEEPING if save_states else FORWARD, dstate, seqlen, batch * dim)
+    config = _config(KEEPING if save_states else FORWARD, dstate, seqlen, batch * dim, itemsize)
     keep = _config(BACKWARD, dstate).STEPS[0]
     return *_constants(config, seqlen, dim // groups, dstate), keep
 
@@ -254,6 +259,67 @@ def _state_before_piece(h0, h, A, total, piece, SPLIT: tl.constexpr, LANES: tl.c
     return entering
 
 
+@triton.jit
+def _walk(
+    h, A, D, delta_bias2, u_ptr, stride_ul: tl.constexpr, delta_ptr, stride_deltal: tl.constexpr,
+    B_ptr, stride_Bl: tl.constexpr, C_ptr, stride_Cl: tl.constexpr, z_ptr, stride_zl: tl.constexpr,
+    y_ptr, stride_yl: tl.constexpr, states_ptr, start, length, seqlen, columns, offs, masks,
+    dim: tl.constexpr, dstate: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
+    DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, EVEN_L: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """From state h over `length` steps from `start` on: the state behind them and the sum of dt,
+    which is in units of ln 2. y and the states before every KEEP steps are written if asked for.
+    Pointers are those of the batch entry."""
+    total = tl.zeros_like(delta_bias2)
+    if CONST_B:
+        B_t = reg.load_states(B_ptr, offs, dstate, BLOCK_N)
+    if y_ptr is not None:
+        y_ptr += reg.row_of(start, seqlen, REVERSE) * stride_yl + offs[0]
+        if CONST_C:
+            C_t = reg.load_states(C_ptr, offs, dstate, BLOCK_N)
+    for walked in tl.range(0, length, STEPS, num_stages=STAGES):
+        t0 = start + walked
+        us = reg.load_rows(u_ptr, stride_ul, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
+        deltas = reg.load_rows(delta_ptr, stride_deltal, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
+        if not CONST_B:
+            Bs = reg.load_states_by_step(
+                B_ptr, stride_Bl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+            )
+        if y_ptr is not None:
+            if z_ptr is not None:
+                zs = reg.load_rows(z_ptr, stride_zl, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
+            if not CONST_C:
+                Cs = reg.load_states_by_step(
+                    C_ptr, stride_Cl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
+                )
+        ys = ()
+        for i in tl.static_range(STEPS):
+            if states_ptr is not None and i % KEEP == 0:
+                at = states_ptr + tl.cast((t0 + i) // KEEP, tl.int64) * dim * dstate
+                in_seq = masks if EVEN_L else _and(masks, t0 + i < seqlen)
+                reg.store_states(at, h, offs, in_seq, dstate, BLOCK_N)
+            if not CONST_B:
+                B_t = reg.of_step(Bs, i, dstate, BLOCK_N, SPLIT, LANES)
+            dt = _step_size2(deltas[i], delta_bias2, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
+            total += dt
+            h = _next_state(h, A, B_t, dt, us[i], LANES)
+            if y_ptr is not None:
+                if not CONST_C:
+                    C_t = reg.of_step(Cs, i, dstate, BLOCK_N, SPLIT, LANES)
+                y = reg.dot_states(h, C_t, D * us[i], LANES)
+                if z_ptr is not None:
+                    y *= dev.silu(zs[i])
+                ys = ys + (y,)
+        if y_ptr is not None:
+            for i in tl.static_range(STEPS):
+                mask = masks[0] if EVEN_L else masks[0] & (t0 + i < seqlen)
+                dev.store(y_ptr + i * (-stride_yl if REVERSE else stride_yl), ys[i], mask)
+            y_ptr += STEPS * (-stride_yl if REVERSE else stride_yl)
+    return h, total
+
+
 # Not compiled anew for each
 GENERIC = ["batch", "seqlen"]
 
@@ -281,23 +347,20 @@ def _scan_fwd_kernel(
     b, _, group, columns, offs, masks = _owned_channels(
         dim, group_dim, BLOCK_D, LANES, SPLIT, EVEN_D
     )
-    offs_d, mask_d = offs[0], masks[0]
     u_ptr += b * seqlen * stride_ul
     delta_ptr += b * seqlen * stride_deltal
     y_ptr += b * seqlen * stride_yl
     if z_ptr is not None:
         z_ptr += b * seqlen * stride_zl
-    A = reg.load_states(A_ptr, offs, dstate, BLOCK_N)
-    if CONST_B:
-        B_t = reg.load_states(B_ptr, offs, dstate, BLOCK_N)
-    else:
+    if not CONST_B:
         B_ptr += b * seqlen * stride_Bl + group * stride_Bg
-    if CONST_C:
-        C_t = reg.load_states(C_ptr, offs, dstate, BLOCK_N)
-    else:
+    if not CONST_C:
         C_ptr += b * seqlen * stride_Cl + group * stride_Cg
-    D = reg.load_vector(D_ptr, offs_d)
-    delta_bias2 = reg.load_vector(delta_bias_ptr, offs_d) * LOG2E
+    if states_ptr is not None:
+        states_ptr += b * tl.cdiv(seqlen, KEEP) * dim * dstate
+    A = reg.load_states(A_ptr, offs, dstate, BLOCK_N)
+    D = reg.load_vector(D_ptr, offs[0])
+    delta_bias2 = reg.load_vector(delta_bias_ptr, offs[0]) * LOG2E
     h = reg.load_first(initial_state_ptr, b, A, offs, dim, dstate, BLOCK_N)
 
     start, length = 0, seqlen
@@ -306,63 +369,19 @@ def _scan_fwd_kernel(
         length = tl.cdiv(seqlen, SPLIT * STEPS) * STEPS
         piece = tl.arange(0, BLOCK_D) // (BLOCK_D // SPLIT)
         start = piece * length
-        h0, h = h, reg.only(h, (piece == 0)[:, None])
-        total = tl.zeros((BLOCK_D,), tl.float32)
-        for walked in tl.range(0, length, STEPS, num_stages=STAGES):
-            t0 = start + walked
-            us = reg.load_rows(u_ptr, stride_ul, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
-            deltas = reg.load_rows(
-                delta_ptr, stride_deltal, t0, seqlen, columns, STEPS, SPLIT, REVERSE
-            )
-            if not CONST_B:
-                Bs = reg.load_states_by_step(
-                    B_ptr, stride_Bl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
-                )
-            for i in tl.static_range(STEPS):
-                dt = _step_size2(deltas[i], delta_bias2, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
-                total += dt
-                if not CONST_B:
-                    B_t = reg.of_step(Bs, i, dstate, BLOCK_N, SPLIT, LANES)
-                h = _next_state(h, A, B_t, dt, us[i], LANES)
-        h = _state_before_piece(h0, h, A, total, piece, SPLIT, LANES)
-
-    y_ptr += reg.row_of(start, seqlen, REVERSE) * stride_yl + offs_d
-    for walked in tl.range(0, length, STEPS, num_stages=STAGES):
-        t0 = start + walked
-        us = reg.load_rows(u_ptr, stride_ul, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
-        deltas = reg.load_rows(delta_ptr, stride_deltal, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
-        if z_ptr is not None:
-            zs = reg.load_rows(z_ptr, stride_zl, t0, seqlen, columns, STEPS, SPLIT, REVERSE)
-        if not CONST_B:
-            Bs = reg.load_states_by_step(
-                B_ptr, stride_Bl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
-            )
-        if not CONST_C:
-            Cs = reg.load_states_by_step(
-                C_ptr, stride_Cl, t0, seqlen, offs, dstate, BLOCK_N, STEPS, SPLIT, REVERSE
-            )
-        ys = ()
-        for i in tl.static_range(STEPS):
-            if states_ptr is not None and i % KEEP == 0:
-                chunk = b * tl.cdiv(seqlen, KEEP) + (t0 + i) // KEEP
-                at = states_ptr + chunk * dim * dstate
-                in_seq = masks if EVEN_L else _and(masks, t0 + i < seqlen)
-                reg.store_states(at, h, offs, in_seq, dstate, BLOCK_N)
-            u = us[i]
-            if not CONST_B:
-                B_t = reg.of_step(Bs, i, dstate, BLOCK_N, SPLIT, LANES)
-            if not CONST_C:
-                C_t = reg.of_step(Cs, i, dstate, BLOCK_N, SPLIT, LANES)
-            dt = _step_size2(deltas[i], delta_bias2, t0 + i, seqlen, DELTA_SOFTPLUS, EVEN_L)
-            h = _next_state(h, A, B_t, dt, u, LANES)
-            y = reg.dot_states(h, C_t, D * u, LANES)
-            if z_ptr is not None:
-                y *= dev.silu(zs[i])
-            ys = ys + (y,)
-        for i in tl.static_range(STEPS):
-            mask = mask_d if EVEN_L else mask_d & (t0 + i < seqlen)
-            dev.store(y_ptr + i * (-stride_yl if REVERSE else stride_yl), ys[i], mask)
-        y_ptr += STEPS * (-stride_yl if REVERSE else stride_yl)
+        left, total = _walk(
+            reg.only(h, (piece == 0)[:, None]), A, D, delta_bias2, u_ptr, stride_ul, delta_ptr,
+            stride_deltal, B_ptr, stride_Bl, None, 0, None, 0, None, 0, None, start, length, seqlen,
+            columns, offs, masks, dim, dstate, CONST_B, CONST_C, DELTA_SOFTPLUS, REVERSE, STEPS,
+            BLOCK_N, LANES, SPLIT, EVEN_L, KEEP,
+        )  # fmt: skip
+        h = _state_before_piece(h, left, A, total, piece, SPLIT, LANES)
+    h, _ = _walk(
+        h, A, D, delta_bias2, u_ptr, stride_ul, delta_ptr, stride_deltal, B_ptr, stride_Bl, C_ptr,
+        stride_Cl, z_ptr, stride_zl, y_ptr, stride_yl, states_ptr, start, length, seqlen, columns,
+        offs, masks, dim, dstate, CONST_B, CONST_C, DELTA_SOFTPLUS, REVERSE, STEPS, BLOCK_N, LANES,
+        SPLIT, EVEN_L, KEEP,
+    )  # fmt: skip
 
     if last_state_ptr is not None:
         last_state_ptr += b * dim * dstate
@@ -383,7 +402,7 @@ def _scan_bwd_kernel(
     D_ptr,  # (dim,) or None
     z_ptr, stride_zl: tl.constexpr,  # (batch, seqlen, dim) or None
     delta_bias_ptr,  # (dim,) or None
-    states_ptr,  # (batch, chunks, dim, dstate)
+    states_ptr,  # (batch, chunks, dim, dstate), with AGAIN written here, of a scan from no state
     du_ptr,  # (batch, seqlen, dim)
     ddelta_ptr,  # (batch, seqlen, dim)
     partial_ptr,  # (batch, dim dstate + 2 dim): dA, dD, ddelta_bias
@@ -394,7 +413,7 @@ def _scan_bwd_kernel(
     dinitial_state_ptr,  # (batch, dim, dstate) or None
     batch, seqlen, dim: tl.constexpr, group_dim: tl.constexpr,
     dstate: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
-    DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    DELTA_SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, AGAIN: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
     SPLIT: tl.constexpr, EVEN_L: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
@@ -430,6 +449,15 @@ def _scan_bwd_kernel(
     EACH: tl.constexpr = len(A) // LANES
     dA, dB_sum, dC_sum = reg.zeros(A), reg.zeros(A), reg.zeros(A)
     dD, ddelta_bias = tl.zeros_like(D), tl.zeros_like(D)
+    if AGAIN:
+        _walk(
+            reg.zeros(A), A, D, delta_bias * LOG2E, u_ptr, stride_ul, delta_ptr, stride_deltal,
+            B_ptr, stride_Bl, None, 0, None, 0, None, 0, states_ptr, 0, seqlen, seqlen, columns,
+            offs, masks, dim, dstate, CONST_B, CONST_C, DELTA_SOFTPLUS, REVERSE, STEPS, BLOCK_N,
+            LANES, 1, EVEN_L, STEPS,
+        )  # fmt: skip
+        # What a lane kept, another may read
+        tl.debug_barrier()
 
     for k in tl.range(0, chunks, num_stages=STAGES):
         t0 = (chunks - 1 - k) * STEPS
@@ -550,25 +578,50 @@ def _scan_bwd_kernel(
 
 
 @triton.jit
-def _sum_over_blocks(
-    dBC_ptr, sum_ptr, pid, rows, dstate: tl.constexpr, groups: tl.constexpr, BLOCKS: tl.constexpr,
+def sum_over_entries(
+    partial_ptr, sum_ptr, pid, entries, columns: tl.constexpr, ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS sums of an (entries, columns) tensor, block pid of them."""
+    c = pid * COLUMNS + tl.arange(0, COLUMNS)
+    mask = c < columns
+    total = tl.zeros((ENTRIES, COLUMNS), tl.float32)
+    for first in range(0, entries, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)[:, None]
+        at = partial_ptr + entry.to(tl.int64) * columns + c[None, :]
+        total += tl.load(at, mask=(entry < entries) & mask[None, :], other=0.0)
+    tl.store(sum_ptr + c, tl.sum(total, axis=0), mask=mask)
+
+
+@triton.jit
+def sum_over_blocks(
+    dBC_ptr, row, n, mask, rows, blocks: tl.constexpr, dstate: tl.constexpr, AHEAD: tl.constexpr
+):  # fmt: skip
+    """Columns n of so many rows of a (blocks, rows, 2 dstate) tensor, summed over its blocks."""
+    at = row * (2 * dstate) + n
+    total = tl.zeros(at.shape, tl.float32)
+    for k in range(0, blocks, AHEAD):
+        for i in tl.static_range(min(AHEAD, blocks)):
+            in_tensor = mask if blocks % AHEAD == 0 or blocks < AHEAD else mask & (k + i < blocks)
+            block_ptr = dBC_ptr + tl.cast(k + i, tl.int64) * rows * (2 * dstate)
+            total += tl.load(block_ptr + at, mask=in_tensor, other=0.0)
+    return total
+
+
+@triton.jit
+def _sum_of_groups(
+    dBC_ptr, sum_ptr, pid, rows, dstate: tl.constexpr, groups: tl.constexpr, blocks: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dB or dC of ROWS rows and one group, whose channels are BLOCKS blocks."""
+    """dB or dC of ROWS rows and one group, whose channels are so many blocks."""
     N: tl.constexpr = triton.next_power_of_2(dstate)
     AHEAD: tl.constexpr = min(8, 64 // N)  # more do not fit the registers
     group = pid % groups
     row = pid // groups * ROWS + tl.arange(0, ROWS)[:, None]
     n = tl.arange(0, N)[None, :]
     mask = (row < rows) & (n < dstate)
-    dBC_ptr += group * BLOCKS * rows * (2 * dstate)
-    at = row * (2 * dstate) + n
-    total = tl.zeros((ROWS, N), tl.float32)
-    for k in range(0, BLOCKS, AHEAD):
-        for i in tl.static_range(min(AHEAD, BLOCKS)):
-            in_group = mask if BLOCKS % AHEAD == 0 or BLOCKS < AHEAD else mask & (k + i < BLOCKS)
-            block_ptr = dBC_ptr + tl.cast(k + i, tl.int64) * rows * (2 * dstate)
-            total += tl.load(block_ptr + at, mask=in_group, other=0.0)
+    dBC_ptr += group * blocks * rows * (2 * dstate)
+    total = sum_over_blocks(dBC_ptr, row, n, mask, rows, blocks, dstate, AHEAD)
     dev.store(sum_ptr + (row * groups + group) * dstate + n, total, mask)
 
 
@@ -586,26 +639,19 @@ def _sums_kernel(
     pid = tl.program_id(0).to(tl.int64)
     over_entries: tl.constexpr = triton.cdiv(columns, COLUMNS)
     if pid < over_entries:
-        c = pid * COLUMNS + tl.arange(0, COLUMNS)
-        mask = c < columns
-        total = tl.zeros((ENTRIES, COLUMNS), tl.float32)
-        for first in range(0, entries, ENTRIES):
-            entry = first + tl.arange(0, ENTRIES)[:, None]
-            at = partial_ptr + entry.to(tl.int64) * columns + c[None, :]
-            total += tl.load(at, mask=(entry < entries) & mask[None, :], other=0.0)
-        tl.store(sum_ptr + c, tl.sum(total, axis=0), mask=mask)
+        sum_over_entries(partial_ptr, sum_ptr, pid, entries, columns, ENTRIES, COLUMNS)
     else:
         pid -= over_entries
         over_B = 0
         if dB_ptr is not None:
             over_B = tl.cdiv(rows, ROWS) * groups_B
             if pid < over_B:
-                _sum_over_blocks(
+                _sum_of_groups(
                     dBC_ptr, dB_ptr, pid, rows, dstate, groups_B, blocks // groups_B, ROWS
                 )
         if dC_ptr is not None:
             if pid >= over_B:
-                _sum_over_blocks(
+                _sum_of_groups(
                     dBC_ptr + dstate, dC_ptr, pid - over_B, rows, dstate, groups_C,
                     blocks // groups_C, ROWS,
                 )  # fmt: skip
@@ -652,7 +698,8 @@ def selective_scan_fwd(
     B_, B_strides, groups_B = _by_step(B, seqlen)
     C_, C_strides, groups_C = _by_step(C, seqlen)
     groups = max(groups_B, groups_C)
-    constants = _forward_constants(batch, seqlen, dim, groups, dstate, save_states)
+    itemsize = max(B.element_size(), C.element_size())
+    constants = _forward_constants(batch, seqlen, dim, groups, dstate, itemsize, save_states)
     y = u.new_empty(batch, seqlen, dim) if y is None else y
     last_state = None
     if return_last_state:
@@ -681,13 +728,23 @@ def selective_scan_fwd(
     return y, last_state, states
 
 
-def selective_scan_bwd(
+class Partial(NamedTuple):
+    """What the programs of a backward pass leave to be summed."""
+
+    over_entries: torch.Tensor  # (batch, dim dstate + 2 dim): dA, dD, ddelta_bias
+    over_blocks: torch.Tensor | None  # (blocks, batch, seqlen, 2 dstate): dB, dC
+    dB: torch.Tensor | None  # (batch, dim, dstate) for constant B
+    dC: torch.Tensor | None
+
+
+def partial_bwd(
     dy, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, states,
     delta_softplus, reverse,
 ):  # fmt: skip
-    """(du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None where an argument is.
+    """(du, ddelta, dz, dinitial_state, Partial), None where an argument is.
 
-    Of dy, whose rows may be wider, the first channels count.
+    Of dy, whose rows may be wider, the first channels count. Without `states` they are computed
+    again, which takes a scan from no state.
     """
     batch, seqlen, dim = delta.shape
     dstate = A.shape[1]
@@ -705,16 +762,20 @@ def selective_scan_bwd(
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=u.device)
 
+    again = states is None
+    if again:
+        assert initial_state is None
+        states = empty(*states_shape(batch, seqlen, dim, dstate))
     du = empty(batch, seqlen, dim, dtype=u.dtype)
     ddelta = empty(batch, seqlen, dim, dtype=delta.dtype)
     dz = None if z is None else empty(batch, seqlen, dim, dtype=z.dtype)
-    # Before sums over batch entries or blocks of channels
-    columns = dim * (dstate + 2)
-    partial = empty(batch, columns)
-    dBC = None if const_B and const_C else empty(blocks, batch, seqlen, 2 * dstate)
-    dB_partial = empty(batch, dim, dstate) if const_B else None
-    dC_partial = empty(batch, dim, dstate) if const_C else None
     dinitial_state = None if initial_state is None else empty(batch, dim, dstate)
+    partial = Partial(
+        empty(batch, dim * (dstate + 2)),
+        None if const_B and const_C else empty(blocks, batch, seqlen, 2 * dstate),
+        empty(batch, dim, dstate) if const_B else None,
+        empty(batch, dim, dstate) if const_C else None,
+    )
     if batch:
         args = (
             dy, stride_dyl,
@@ -730,27 +791,40 @@ def selective_scan_bwd(
             states,
             du,
             ddelta,
-            partial,
-            dBC,
-            dB_partial,
-            dC_partial,
+            *partial,
             dz,
             dinitial_state,
             batch, seqlen, dim, dim // groups,
-            dstate, const_B, const_C, delta_softplus, reverse, *constants,
+            dstate, const_B, const_C, delta_softplus, reverse, again, *constants,
         )  # fmt: skip
         dev.launch(_scan_bwd_kernel, (batch * blocks,), args, OPTIONS)
+    return du, ddelta, dz, dinitial_state, partial
 
-    sums = empty(columns)
-    dB = dB_partial.sum(0) if const_B else empty(*B.shape, dtype=B.dtype)
-    dC = dC_partial.sum(0) if const_C else empty(*C.shape, dtype=C.dtype)
+
+def selective_scan_bwd(
+    dy, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, states,
+    delta_softplus, reverse,
+):  # fmt: skip
+    """(du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None where an argument is."""
+    du, ddelta, dz, dinitial_state, partial = partial_bwd(
+        dy, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, states,
+        delta_softplus, reverse,
+    )  # fmt: skip
+    (batch, seqlen, dim), dstate = delta.shape, A.shape[1]
+    const_B, const_C = B.dim() == 2, C.dim() == 2
+    groups_B, groups_C = (x.shape[2] if x.dim() == 4 else 1 for x in (B, C))
+    columns = dim * (dstate + 2)
+    sums = u.new_empty(columns, dtype=torch.float32)
+    dB = partial.dB.sum(0) if const_B else B.new_empty(B.shape)
+    dC = partial.dC.sum(0) if const_C else C.new_empty(C.shape)
     args = (
-        partial,
-        dBC,
+        partial.over_entries,
+        partial.over_blocks,
         sums,
         None if const_B else dB,
         None if const_C else dC,
-        batch, batch * seqlen, columns, blocks, dstate, groups_B, groups_C,
+        batch, batch * seqlen, columns,
+        0 if const_B and const_C else partial.over_blocks.shape[0], dstate, groups_B, groups_C,
     )  # fmt: skip
     row_blocks = -(-batch * seqlen // SUMS["ROWS"])
     programs = -(-columns // SUMS["COLUMNS"])

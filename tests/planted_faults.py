@@ -104,7 +104,8 @@ FAULTS = [
     ),
     Fault(
         "B and C swapped", SCAN,
-        "y = reg.dot_states(h, C_t, D * u, LANES)", "y = reg.dot_states(h, B_t, D * u, LANES)",
+        "y = reg.dot_states(h, C_t, D * us[i], LANES)",
+        "y = reg.dot_states(h, B_t, D * us[i], LANES)",
         "selective_scan.py::test_float32[one-full-block]", "y",
     ),
     Fault(
@@ -139,12 +140,12 @@ FAULTS = [
     ),
     Fault(
         "first blocks summed for every group", SCAN,
-        "dBC_ptr += group * BLOCKS * rows", "dBC_ptr += 0 * group * BLOCKS * rows",
+        "dBC_ptr += group * blocks * rows", "dBC_ptr += 0 * group * blocks * rows",
         "selective_scan.py::test_sums_over_programs[9-blocks-a-group]", "dB",
     ),
     Fault(
         "last block of a group left out of dB", SCAN,
-        "mask & (k + i < BLOCKS)", "mask & (k + i < BLOCKS - 1)",
+        "mask & (k + i < blocks)", "mask & (k + i < blocks - 1)",
         "selective_scan.py::test_sums_over_programs[9-blocks-a-group]", "dB",
     ),
     Fault(
@@ -177,7 +178,7 @@ FAULTS = [
     ),
     Fault(
         "constant dB summed over one entry", SCAN,
-        "dB_partial.sum(0) if const_B", "dB_partial[0] if const_B",
+        "partial.dB.sum(0) if const_B", "partial.dB[0] if const_B",
         "selective_scan.py::test_float32[const-B]", "dB",
     ),
     Fault(
@@ -272,7 +273,24 @@ FAULTS = [
         "mixer.py::test_float32[published]", "dxz",
     ),
     Fault(
-        "dC missing from dw", MIXER, "dBC += tl.load(dC_ptr", "dBC += 0.0 * tl.load(dC_ptr",
+        "dC missing from dw", MIXER,
+        "mask_n = mask_l & (offs_n < 2 * dstate)\n        AHEAD",
+        "mask_n = mask_l & (offs_n < dstate)\n        AHEAD",
+        "mixer.py::test_float32[published]", "dxz",
+    ),
+    Fault(
+        "last block of channels missing from dw", MIXER,
+        "rows, blocks, dstate, AHEAD", "rows, blocks - 1, dstate, AHEAD",
+        "mixer.py::test_sums_over_programs", "dxz",
+    ),
+    Fault(
+        "program of the scan's last sums missing", MIXER,
+        "(tiles + programs_over_entries,)", "(tiles + programs_over_entries - 1,)",
+        "mixer.py::test_sums_over_programs", "ddelta_bias",
+    ),
+    Fault(
+        "bias left out when states are computed again", SCAN,
+        "delta_bias * LOG2E, u_ptr", "0.0 * delta_bias, u_ptr",
         "mixer.py::test_float32[published]", "dxz",
     ),
     Fault(

@@ -134,7 +134,7 @@ def test_backward_pass(launched):
     with torch.no_grad():
         run()
         assert calls_of(run) <= BACKWARD
-    assert len(set(launched)) == 6
+    assert len(set(launched)) == 4
 
 
 def test_library_calls_of_the_backward_pass(launched):

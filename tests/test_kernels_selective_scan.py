@@ -111,7 +111,7 @@ def config(request, monkeypatch):
     """Every forward pass by this line of this table, however long and wide it is."""
     table, line = request.param
     wide = [c for c in getattr(module, table) if c.dstate > 8]
-    line = line._replace(seqlen=module.ANY, channels=module.ANY)
+    line = line._replace(seqlen=module.ANY, channels=module.ANY, itemsize=module.ANY)
     monkeypatch.setattr(module, table, (line, *wide))
     module._forward_constants.cache_clear()
     yield line
@@ -158,7 +158,7 @@ def test_16_bit_without_gradients(dtype, config):
 def test_with_gradients(case, config):
     check(case)
     if case.dstate <= 8:
-        constants = module._forward_constants(1, case.seqlen, case.dim, 1, case.dstate, True)
+        constants = module._forward_constants(1, case.seqlen, case.dim, 1, case.dstate, 4, True)
         assert constants[:2] == (*config.STEPS, config.BLOCK_D)
 
 
