@@ -70,7 +70,8 @@ def _largest_dstate() -> int:
 
 
 @torch.compiler.assume_constant_result
-def _exporting() -> bool:
+def exporting() -> bool:
+    """Whether torch.export is tracing."""
     # Asked while tracing, PyTorch 2.11 says yes within torch.compile, too
     return torch.compiler.is_exporting()
 
@@ -145,7 +146,7 @@ def _traced(x: Tensor) -> bool:
 
 def _save_states(*tensors: Tensor | None) -> bool:
     """Whether a backward pass may follow. An exported graph computes no states for one."""
-    if _exporting() or not torch.is_grad_enabled():
+    if exporting() or not torch.is_grad_enabled():
         return False
     return any(x is not None and x.requires_grad for x in tensors)
 

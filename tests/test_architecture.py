@@ -24,7 +24,7 @@ MAY_IMPORT = {
     },
     "mambavision.mixer": {"torch", "einops", "mambavision.ops"},
     "mambavision.blocks": {"torch", "einops", "mambavision.mixer"},
-    "mambavision.packed": {"torch"},
+    "mambavision.packed": {"torch", "mambavision.ops"},
     "mambavision.inference": {
         "torch", "mambavision.blocks", "mambavision.mixer", "mambavision.ops",
         "mambavision.packed",

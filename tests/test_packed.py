@@ -36,11 +36,17 @@ LAYERS = {"linear": (linear, (3, 24)), "convolution": (convolution, (2, 6, 7, 5)
 
 
 class Packings(TorchDispatchMode):
-    """How many operators with reordered weights ran, and how many weights were reordered."""
+    """How many operators with reordered weights ran, and how many weights were reordered; all that
+    ran."""
 
     ran = reordered = 0
 
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
         if function.namespace == "mkldnn":
             self.ran += "pointwise" in str(function)
             self.reordered += "reorder" in str(function)
@@ -180,6 +186,43 @@ def test_under_autocast_it_is_an_ordinary_layer(kind):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Packings() as seen:
         assert packed(torch.randn(shape)).dtype == torch.bfloat16
     assert seen.ran == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kind,act,name",
+    [("linear", "gelu", "_addmm_activation"), ("convolution", "relu", "cudnn_convolution_relu")],
+)
+def test_libraries_compute_the_activation_on_a_gpu(kind, act, name):
+    make, shape = LAYERS[kind]
+    x = torch.randn(8, *shape, device="cuda")[0].half()
+    packed = make(act, torch.float16).cuda()
+    expected = exact(packed, x)
+
+    def ran(packed, x):
+        with torch.no_grad(), Packings() as seen:
+            y = packed(x)
+        eps = 4 * torch.finfo(x.dtype).eps
+        torch.testing.assert_close(y.double(), exact(packed, x), rtol=eps, atol=eps)
+        return name in seen.names
+
+    assert ran(packed, x)
+    assert ran(packed, x.transpose(0, 1).contiguous().transpose(0, 1))
+    compiled = torch.compile(packed, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x).double(), expected, rtol=4e-3, atol=4e-3)
+    assert not ran(make("none", torch.float16).cuda(), x)
+    assert not ran(make(act, torch.float16, bias=False).cuda(), x)
+    assert not ran(make(act, torch.bfloat16).cuda(), x.bfloat16())
+    assert not ran(make(act).cuda(), x.float())
+    with torch.autocast("cuda", torch.float16), torch.no_grad(), Packings() as seen:
+        packed(x)
+    assert name not in seen.names
+    with Packings() as seen:
+        packed(x).float().sum().backward()
+    assert name not in seen.names and packed.weight.grad.abs().max() > 0
+    exported = torch.export.export(packed, (x,))
+    assert name not in str(exported.graph)
 
 
 def test_refuses_what_it_would_compute_wrongly():
