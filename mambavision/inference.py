@@ -4,7 +4,7 @@
     token blocks               gamma_1 W, gamma_2 W           one matrix, where W ends the branch
     mixers                     -exp(A_log), 2 * bias, ranks   computed once, kept as buffers
     head                       batch norm, mean, linear       mean, one linear
-    layers, on a CPU           W x + b, activation            W reordered once, activation inside
+    layers                     W x + b, activation            one call; on a CPU W reordered once
 
 A batch norm with its running statistics is an affine map per channel, y = f x + s with
 f = weight / sqrt(var + eps) and s = bias - f mean, and so is a layer scale. What is linear before
@@ -160,7 +160,7 @@ def _pack_layer(parent: nn.Module, name: str, behind: str = "") -> None:
 
 
 def _pack(model: nn.Module) -> None:
-    """Layers in the order of a CPU's library, activations inside them."""
+    """Layers in the forms that the libraries have, activations inside them."""
     for module in list(model.modules()):
         if isinstance(module, Stem):
             _pack_layer(module.conv_down, "0", "1")
@@ -393,6 +393,5 @@ def optimize_for_inference(
     model.to(**form)
     for block, mixer_ in prepared.items():
         block.mixer = mixer_
-    if like.device.type == "cpu":
-        _pack(model)
+    _pack(model)
     return OptimizedMambaVision(model, classifier, compile, cuda_graph)

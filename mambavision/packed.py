@@ -175,8 +175,9 @@ class PackedConv2d(_Packing, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 4 and self._fuses(nn.ReLU, x):
-            how = self.stride, self.padding, self.dilation, self.groups
-            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *how)
+            return torch.cudnn_convolution_relu(
+                x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+            )
         if x.dim() != 4 or not self._packs(x):
             return self._plain(x)
         how = self.padding, self.stride, self.dilation, self.groups
