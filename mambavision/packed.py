@@ -146,8 +146,8 @@ class PackedLinear(_Packing, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._fuses(nn.GELU, x):
-            rows = x.reshape(-1, self.in_features)
-            y = torch._addmm_activation(self.bias, rows, self.weight.t(), use_gelu=True)
+            flat = x.reshape(-1, self.in_features)
+            y = torch._addmm_activation(self.bias, flat, self.weight.t(), use_gelu=True)
             return y.view(*x.shape[:-1], self.out_features)
         if not self._packs(x):
             return self._plain(x)
@@ -175,7 +175,7 @@ class PackedConv2d(_Packing, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 4 and self._fuses(nn.ReLU, x):
-            return torch.cudnn_convolution_relu(
+            return torch.ops.aten.cudnn_convolution_relu(
                 x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
             )
         if x.dim() != 4 or not self._packs(x):
