@@ -55,7 +55,7 @@ def providers() -> list[Provider]:
     (shipped,) = [p for p in PROVIDERS["selective_scan"] if p.name == "triton"]
     tables = {"triton": SHIPPED}
     for config in CONFIGS:
-        line = scan.Config(8, scan.ANY, scan.ANY, *config, "tried")
+        line = scan.Config(8, scan.ANY, scan.ANY, scan.ANY, *config, "tried")
         tables[name_of(config)] = (line, *SHIPPED)
     return [Provider(name, partial(_with, table, shipped.make)) for name, table in tables.items()]
 
