@@ -42,6 +42,11 @@ def test_float32(case):
     check(case)
 
 
+def test_more_states_than_a_block_of_channels():
+    """Sums over blocks then load one at a time."""
+    check(MixerCase("", batch=2, seqlen=3, dim=12, dstate=40))
+
+
 @pytest.mark.parametrize("case", MIXERS[:2], ids=ids(MIXERS[:2]))
 @pytest.mark.parametrize("dtype", (HALF, BRAIN), ids=("float16", "bfloat16"))
 def test_16_bit(case, dtype):
