@@ -20,7 +20,8 @@ dstate columns, weights and partial sums come on top:
     forward   project    reads x and z of xz, 2       writes x and z of yz, delta, 3
               scan       reads x of yz, delta, 2      writes y over x, 1
     backward  project    reads x of xz, 1             writes x, delta, 2
-              scan       reads x, delta twice, dy, 5   writes dx, ddelta, 2
+              scan       reads x, delta twice, dy, 5    writes dx, ddelta, 2;
+                         states: writes and reads dstate / 4 numbers each, in float32
               _project_bwd_kernel   reads ddelta, dx, 2          writes dx in place, 1
               _convolve_bwd_kernel  reads x and z of xz, dx, dz, 4    writes dxz, 2
 

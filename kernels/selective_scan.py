@@ -451,11 +451,15 @@ def _scan_bwd_kernel(
     dA, dB_sum, dC_sum = reg.zeros(A), reg.zeros(A), reg.zeros(A)
     dD, ddelta_bias = tl.zeros_like(D), tl.zeros_like(D)
     if AGAIN:
+        # Of another program's channels, too, as this one reads their states: both write the same
+        everywhere = ()
+        for _ in tl.static_range(LANES):
+            everywhere = everywhere + (tl.full((BLOCK_D,), True, tl.int1),)
         _walk(
             reg.zeros(A), A, D, delta_bias * LOG2E, u_ptr, stride_ul, delta_ptr, stride_deltal,
             B_ptr, stride_Bl, None, 0, None, 0, None, 0, states_ptr, 0, seqlen, seqlen, columns,
-            offs, masks, dim, dstate, CONST_B, CONST_C, DELTA_SOFTPLUS, REVERSE, STEPS, BLOCK_N,
-            LANES, 1, EVEN_L, STEPS,
+            offs, everywhere, dim, dstate, CONST_B, CONST_C, DELTA_SOFTPLUS, REVERSE, STEPS,
+            BLOCK_N, LANES, 1, EVEN_L, STEPS,
         )  # fmt: skip
         # What a lane kept, another may read
         tl.debug_barrier()

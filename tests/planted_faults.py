@@ -289,6 +289,11 @@ FAULTS = [
         "mixer.py::test_sums_over_programs", "ddelta_bias",
     ),
     Fault(
+        "states that another program writes", SCAN,
+        "offs, everywhere, dim,", "offs, masks, dim,",
+        "mixer.py::test_no_program_needs_what_another_one_writes", "dxz",
+    ),
+    Fault(
         "bias left out when states are computed again", SCAN,
         "delta_bias * LOG2E, u_ptr", "0.0 * delta_bias, u_ptr",
         "mixer.py::test_float32[published]", "dxz",

@@ -85,6 +85,30 @@ def test_sums_over_programs(monkeypatch):
         module._tile.cache_clear()
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="programs run in what order a GPU likes")
+def test_no_program_needs_what_another_one_writes(monkeypatch):
+    """Memory of no content is not a number, programs run from the last one to the first, and the
+    second block of channels begins among those of the first."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter").interpreter_builder
+    tensors = mixer_inputs(MIXERS[1])
+    grad = torch.randn(tensors["xz"].shape, generator=torch.Generator().manual_seed(2))
+    expected = results(kernels.mixer, tensors, grad)
+    forward = interpreter.set_grid_idx
+
+    def backward(*at):
+        forward(*(size - 1 - i for size, i in zip(interpreter.grid_dim, at, strict=True)))
+
+    monkeypatch.setattr(interpreter, "set_grid_idx", backward)
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan)
+    )
+    found = results(kernels.mixer, tensors, grad)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
 def test_too_large_a_dt_rank_is_named():
     tensors = mixer_inputs(MixerCase("", seqlen=2, dim=4, dt_rank=513), device=DEVICE)
     with pytest.raises(ValueError, match="dt_rank of at most 512, got 513"):
@@ -155,6 +179,8 @@ def test_launches_and_the_bytes_they_move(monkeypatch):
     assert units(launches[0][1]) == {"xz": 2, "x": 2, "delta": 1}
     # Of xz the half of x alone
     assert moved["project_kernel"] == {"xz": 2, "x": 1, "delta": 1}
+    scanned = {"dy": 2, "u": 1, "delta": 1, "states": 13 * 8 / 49, "du": 1, "ddelta": 1}
+    assert moved["scan_bwd_kernel"] == pytest.approx(scanned)
     assert moved["project_bwd_kernel"] == {"ddelta": 1, "dx": 1}
     assert moved["convolve_bwd_kernel"] == {"dx": 1, "dyz": 2, "xz": 2, "dxz": 2}
     for name, arguments in launches:
