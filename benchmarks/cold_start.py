@@ -25,7 +25,7 @@ import torch
 from launches import DTYPES, Case, Launch, call_mixer, recorded_launches
 
 from mambavision import create_model, list_models
-from mambavision.cold_start import MixerCall, mixer_calls
+from mambavision.cold_start import Call, mixer_calls
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class ColdStart:
     cpu: float  # of this process and those that it started
 
 
-def launches_of(call: MixerCall, dtype: str) -> list[Launch]:
+def launches_of(call: Call, dtype: str) -> list[Launch]:
     """The different launches of one mixer in `dtype`, forward with and without states, backward."""
     batch, seqlen, d_model = call.shape
-    mixer = call.mixer
+    mixer = call.module
     case = Case(
         "mixer", call_mixer, dim=d_model // 2, seqlen=seqlen, dstate=mixer.d_state,
         dt_rank=mixer.dt_rank, dtype=dtype, batch=batch,

@@ -183,6 +183,28 @@ def call_mixer(case: Case) -> None:
     op.mixer_bwd(torch.empty_like(yz), *inputs, dt_low, BC, states)
 
 
+def call_attention(case: Case) -> None:
+    heads = 16 if case.seqlen == 49 else 8
+    import_module("mambavision.kernels.attention").attention(case.sequence(3 * case.dim), heads)
+
+
+def call_add_layer_norm(case: Case) -> None:
+    op = import_module("mambavision.kernels.add_layer_norm")
+    x, weight = case.sequence(), case.tensor(case.dim)
+    op.add_layer_norm(x, None, None, weight, weight, 1e-5)
+    op.add_layer_norm(x, x, weight, weight, weight, 1e-5)
+
+
+def call_norm_act(case: Case) -> None:
+    op = import_module("mambavision.kernels.norm_act")
+    x = case.tensor(case.batch, case.dim, case.seqlen, 1).to(memory_format=torch.channels_last)
+    parameter, statistic = case.tensor(case.dim), case.tensor(case.dim, dtype="float32")
+    norm = statistic, statistic, parameter, parameter, 1e-5
+    op.norm_act(x, None, norm, "relu", None, None)
+    op.norm_act(x, parameter, norm, "gelu", None, None)
+    op.norm_act(x, parameter, norm, "none", parameter, x)
+
+
 DTYPES = ("float16", "bfloat16", "float32")
 # (dim, seqlen, dt_rank) of published models: T stages 3 and 4, L stage 3, L3-256 stage 3.
 SHAPES = ((160, 196, 20), (320, 49, 40), (392, 196, 49), (512, 256, 64))
@@ -198,6 +220,17 @@ def shipped_cases() -> list[Case]:
                 Case("conv1d_silu", call_conv1d_silu, **shape),
                 Case("mixer", call_mixer, **shape),
             ]
+        # Of the same models: tokens' widths, and those of maps
+        cases += [
+            Case(op, call, dim=2 * dim, seqlen=seqlen, dtype=dtype)
+            for dim, seqlen, _ in SHAPES
+            for op, call in (("attention", call_attention), ("add_layer_norm", call_add_layer_norm))
+            if op != "attention" or dtype != "float32"
+        ]
+        cases += [
+            Case("norm_act", call_norm_act, dim=dim, seqlen=784, dtype=dtype)
+            for dim in (32, 80, 160, 196, 392)
+        ]
         # The gate alone, all that one call can carry, and a length that leaves a rest of a chunk.
         cases += [
             Case("selective_scan", call_selective_scan, mode=mode, seqlen=seqlen, dtype=dtype)

@@ -1,6 +1,6 @@
-"""Whole models to compare: ours, the same with the mixer as published, and peers.
+"""Whole models to compare: ours, the same as published, and peers.
 
-The mixer as published runs one operation after another:
+As published, a model runs PyTorch's own layers one after another, and in its mixer
 
     xz    = in_proj(hidden), rearranged to (batch, 2 dim, seqlen)
     x, z  = silu(conv1d(x)), silu(conv1d(z))        two depthwise F.conv1d, 'same' padding
@@ -28,8 +28,8 @@ from mambavision import MambaVisionMixer, create_model
 from mambavision.ops import conv1d_silu
 
 __all__ = [
-    "EagerMixer", "NoScanMixer", "Unavailable", "loop_scan", "mamba_ssm_scan", "ours", "peer",
-    "with_mixers",
+    "EagerMixer", "NoScanMixer", "Unavailable", "as_published", "loop_scan", "mamba_ssm_scan",
+    "ours", "peer", "with_mixers",
 ]  # fmt: skip
 
 
@@ -132,6 +132,16 @@ def with_mixers(model: nn.Module, make: Callable[[MambaVisionMixer], nn.Module])
     model = copy.deepcopy(model)
     for parent, name, mixer in _mixers(model):
         setattr(parent, name, make(mixer))
+    return model
+
+
+def as_published(model: nn.Module, scan: Callable[..., Tensor]) -> nn.Module:
+    """The model as published, with the weights of one of ours: that mixer, and around it PyTorch's
+    own operations, one layer after another."""
+    model = with_mixers(model, lambda mixer: EagerMixer(mixer, scan))
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = "torch"
     return model
 
 

@@ -15,9 +15,9 @@ from functools import partial
 
 import torch
 from models import (
-    EagerMixer,
     NoScanMixer,
     Unavailable,
+    as_published,
     loop_scan,
     mamba_ssm_scan,
     with_mixers,
@@ -82,8 +82,7 @@ def scan_for(model: nn.Module) -> Callable[..., Tensor]:
 
 def _eager(layout: torch.memory_format, model: nn.Module, dtype: torch.dtype) -> nn.Module:
     scan = scan_for(model)
-    eager = with_mixers(model, lambda mixer: EagerMixer(mixer, scan))
-    return eager.to(dtype=dtype, memory_format=layout)
+    return as_published(model, scan).to(dtype=dtype, memory_format=layout)
 
 
 def _compiled_as_it_is(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -143,7 +142,7 @@ class Gate:
 
     def __init__(self, model: nn.Module, images: Tensor):
         self.images = images
-        self.eager = with_mixers(model, lambda mixer: EagerMixer(mixer, loop_scan)).eval()
+        self.eager = as_published(model, loop_scan).eval()
         with torch.inference_mode():
             self.truth = copy.deepcopy(self.eager).double()(images.double())
         self.limits: dict[torch.dtype, float] = {}
@@ -181,7 +180,7 @@ class TrainingGate:
 
     def __init__(self, model: nn.Module, images: Tensor):
         self.images = images
-        self.eager = with_mixers(model, lambda mixer: EagerMixer(mixer, loop_scan))
+        self.eager = as_published(model, loop_scan)
         exact = copy.deepcopy(self.eager).double()
         self.truth = self._gradients(exact, images.double(), torch.float64)
         self.limits: dict[torch.dtype, dict[str, float]] = {}

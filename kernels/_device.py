@@ -136,6 +136,11 @@ def rows_of(x):
     return x.clone(memory_format=torch.contiguous_format), dim
 
 
+def packed(x):
+    """A parameter in adjacent memory; None where it is."""
+    return None if x is None else x.contiguous()
+
+
 def cast(x, like):
     """A gradient in the dtype of its argument; None where that is None."""
     if like is None:

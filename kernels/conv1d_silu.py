@@ -258,7 +258,7 @@ def conv1d_silu_fwd(x, weight, bias, activation):
         args = (
             x, stride_xl,
             weight.contiguous(),
-            bias,
+            dev.packed(bias),
             y, dim,
             batch, seqlen, dim, weight.shape[-1], activation,
         )  # fmt: skip
@@ -280,7 +280,7 @@ def conv1d_silu_bwd(dy, x, weight, bias, activation):
             dy, stride_dyl,
             x, stride_xl,
             weight.contiguous(),
-            bias,
+            dev.packed(bias),
             dx, dim,
             sums,
             batch, seqlen, count, dim, width, activation,

@@ -21,6 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .mixer import MambaVisionMixer
+from .ops import add_layer_norm, attention, infers, norm_act
+from .packed import PackedConv2d
 
 __all__ = [
     "Attention",
@@ -57,6 +59,56 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.3f}"
 
 
+def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether to call it is to compute what its class does: no subclass, no hooks."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _passes(drop_path: Any) -> bool:
+    """Whether it returns what it is given."""
+    return _plain(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob)
+
+
+def _activation(act: nn.Module | None) -> str | None:
+    """Its name in `norm_act`; None for one that it does not know."""
+    if act is None or _plain(act, nn.Identity):
+        return "none"
+    if _plain(act, nn.ReLU):
+        return "relu"
+    return "gelu" if _plain(act, nn.GELU) and getattr(act, "approximate", "") == "tanh" else None
+
+
+def _convolved(
+    conv: Any, norm: Any, act: nn.Module | None, gamma: Tensor | None, x: Tensor,
+    residual: Tensor | None, backend: str,
+) -> Tensor | None:  # fmt: skip
+    """residual + gamma act(norm(conv(x))) with one pass behind the convolution, in inference on a
+    GPU; None where that cannot be, or is not what these modules compute."""
+    if backend == "torch" or torch.compiler.is_compiling():
+        return None
+    form = _activation(act)
+    if _plain(conv, PackedConv2d) and form == "none" and not conv.library_fuses(x):
+        form = _activation(conv.act)
+    elif not _plain(conv, nn.Conv2d) or conv.padding_mode != "zeros":
+        form = None
+    statistics: tuple[Any, ...] | None = None
+    if _plain(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None:
+        statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+    elif not _plain(norm, nn.Identity):
+        form = None
+    if form is None:
+        return None
+    if not infers(backend, x, conv.weight, conv.bias, *(statistics or ())[:4], gamma, residual):
+        return None
+    y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return norm_act(y, conv.bias, statistics, form, gamma, residual, backend=backend)
+
+
 def _half(in_dim: int, dim: int) -> nn.Conv2d:
     """A 3 x 3 convolution of stride 2: (height, width) to (ceil(height / 2), ceil(width / 2))."""
     return nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, bias=False)
@@ -65,8 +117,9 @@ def _half(in_dim: int, dim: int) -> nn.Conv2d:
 class Stem(nn.Module):
     """(batch, in_chans, height, width) to (batch, dim, height / 4, width / 4), rounded up."""
 
-    def __init__(self, in_chans: int, in_dim: int, dim: int):
+    def __init__(self, in_chans: int, in_dim: int, dim: int, backend: str = "auto"):
         super().__init__()
+        self.backend = backend
         self.conv_down = nn.Sequential(
             _half(in_chans, in_dim),
             nn.BatchNorm2d(in_dim, eps=1e-4),
@@ -77,7 +130,14 @@ class Stem(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_down(x)
+        if len(self.conv_down) != 6 or not _plain(self.conv_down, nn.Sequential):
+            return self.conv_down(x)
+        layers = list(self.conv_down)
+        while layers:
+            conv, norm, act, *layers = layers
+            y = _convolved(conv, norm, act, None, x, None, self.backend)
+            x = act(norm(conv(x))) if y is None else y
+        return x
 
 
 class Downsample(nn.Module):
@@ -99,8 +159,15 @@ def _scale(value: float | None, dim: int) -> nn.Parameter | None:
 class ConvBlock(nn.Module):
     """x + drop_path(gamma norm2(conv2(gelu(norm1(conv1(x)))))) on maps, gelu in its tanh form."""
 
-    def __init__(self, dim: int, drop_path: float = 0.0, layer_scale: float | None = None):
+    def __init__(
+        self,
+        dim: int,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        backend: str = "auto",
+    ):
         super().__init__()
+        self.backend = backend
         self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
         self.norm1: nn.Module = nn.BatchNorm2d(dim)
         self.act1 = nn.GELU(approximate="tanh")
@@ -110,7 +177,13 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act1(self.norm1(self.conv1(x)))
+        y = _convolved(self.conv1, self.norm1, self.act1, None, x, None, self.backend)
+        if y is None:
+            y = self.act1(self.norm1(self.conv1(x)))
+        if _passes(self.drop_path):
+            out = _convolved(self.conv2, self.norm2, None, self.gamma, y, x, self.backend)
+            if out is not None:
+                return out
         y = self.norm2(self.conv2(y))
         if self.gamma is not None:
             y = y * self.gamma.view(1, -1, 1, 1)
@@ -131,9 +204,10 @@ class Attention(nn.Module):
         qk_norm: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        backend: str = "auto",
     ):
         super().__init__()
-        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.num_heads, self.attn_drop, self.backend = num_heads, attn_drop, backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
@@ -141,9 +215,13 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
-        q, k, v = qkv.unbind(0)
+        qkv = self.qkv(x)
         dropout = self.attn_drop if self.training else 0.0
+        if dropout == 0.0 and _plain(self.q_norm, nn.Identity) and _plain(self.k_norm, nn.Identity):
+            y = attention(qkv, self.num_heads, backend=self.backend)
+            return self.proj_drop(self.proj(y))
+        qkv = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
+        q, k, v = qkv.unbind(0)
         # Under autocast a LayerNorm returns float32, and q, k, v have to agree.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
@@ -180,16 +258,6 @@ class _GeluLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             db = rows.sum(0, dtype=b.dtype)
         return dh, dW, db
-
-
-def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether to call it is to compute what its class does: no subclass, no hooks."""
-    return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 class Mlp(nn.Module):
@@ -237,8 +305,10 @@ class Block(nn.Module):
         drop: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        backend: str = "auto",
     ):
         super().__init__()
+        self.backend = backend
         self.norm1 = nn.LayerNorm(dim)
         self.mixer = mixer
         self.gamma_1 = _scale(layer_scale, dim)
@@ -247,10 +317,30 @@ class Block(nn.Module):
         self.gamma_2 = _scale(layer_scale, dim)
         self.drop_path = DropPath(drop_path)
 
+    def _normed(
+        self, x: Tensor, y: Tensor | None, gamma: Tensor | None, norm: Any
+    ) -> tuple[Tensor, Tensor]:
+        """s = x + drop_path(gamma y), x where there is no y, and norm(s)."""
+        if _plain(norm, nn.LayerNorm) and (y is None or _passes(self.drop_path)):
+            weight, bias = norm.weight, norm.bias
+            affine = weight is not None and bias is not None and weight.dim() == 1
+            if affine and infers(self.backend, x, y, gamma, weight, bias):
+                return add_layer_norm(x, y, gamma, weight, bias, norm.eps, backend=self.backend)
+        if y is not None:
+            x = x + self.drop_path(y if gamma is None else gamma * y)
+        return x, norm(x)
+
+    def branch(
+        self, x: Tensor, y: Tensor | None = None, gamma: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The block's second sum before it is made, x' and y' of x' + drop_path(gamma_2 y'). y and
+        gamma are those of the block before, where its sum was not made either."""
+        x, n = self._normed(x, y, gamma, self.norm1)
+        x, n = self._normed(x, self.mixer(n), self.gamma_1, self.norm2)
+        return x, self.mlp(n)
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.mixer(self.norm1(x))
-        x = x + self.drop_path(y if self.gamma_1 is None else self.gamma_1 * y)
-        y = self.mlp(self.norm2(x))
+        x, y = self.branch(x)
         return x + self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
 
 
@@ -323,22 +413,48 @@ class Stage(nn.Module):
             return checkpoint(block, x, use_reentrant=False)
         return checkpoint(block, x, use_reentrant=False, context_fn=partial(_contexts, block))
 
+    def _joins(self, x: Tensor) -> bool:
+        """Whether the sum that ends a block may be made by the block behind it."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        blocks: list[Any] = list(self.blocks)
+        plain = all(_plain(block, Block) and _passes(block.drop_path) for block in blocks)
+        return plain and len(blocks) > 0 and infers(blocks[0].backend, x)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """The blocks, each sum in one pass with the norm that reads it."""
+        blocks: list[Any] = list(self.blocks)
+        y: Any = None
+        gamma: Tensor | None = None
+        for block in blocks:
+            x, y = block.branch(x, y, gamma)
+            gamma = block.gamma_2
+        return x + (y if gamma is None else gamma * y)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         height, width = x.shape[-2:]
         if self.window_size is not None:
             x = to_windows(x, self.window_size)
-        for block in self.blocks:
-            x = self._run(block, x)
+        if self._joins(x):
+            x = self._joined(x)
+        else:
+            for block in self.blocks:
+                x = self._run(block, x)
         if self.window_size is not None:
             x = from_windows(x, self.window_size, height, width)
         return x, None if self.downsample is None else self.downsample(x)
 
 
 def conv_stage(
-    dim: int, drop_path: Sequence[float], layer_scale: float | None, downsample: bool
+    dim: int,
+    drop_path: Sequence[float],
+    layer_scale: float | None,
+    downsample: bool,
+    *,
+    backend: str,
 ) -> Stage:
     """A stage of convolution blocks, one per drop-path rate."""
-    blocks = [ConvBlock(dim, rate, layer_scale) for rate in drop_path]
+    blocks = [ConvBlock(dim, rate, layer_scale, backend) for rate in drop_path]
     return Stage(blocks, Downsample(dim) if downsample else None, None)
 
 
@@ -360,7 +476,14 @@ def token_stage(
     """A stage of n blocks over windows: mixers first, attention in the last n // 2."""
     depth = len(drop_path)
     attention: Callable[[], nn.Module] = partial(
-        Attention, dim, num_heads, qkv_bias, qk_norm, attn_drop=attn_drop, proj_drop=drop
+        Attention,
+        dim,
+        num_heads,
+        qkv_bias,
+        qk_norm,
+        attn_drop=attn_drop,
+        proj_drop=drop,
+        backend=backend,
     )
     mamba: Callable[[], nn.Module] = partial(
         MambaVisionMixer, dim, d_state=8, d_conv=3, expand=1, backend=backend
@@ -373,6 +496,7 @@ def token_stage(
             drop,
             rate,
             layer_scale,
+            backend,
         )
         for index, rate in enumerate(drop_path)
     ]

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_conv1d_silu", "check_mixer", "check_selective_scan"]
+__all__ = [
+    "check_add_layer_norm", "check_attention", "check_conv1d_silu", "check_mixer", "check_norm_act",
+    "check_selective_scan",
+]  # fmt: skip
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -175,3 +178,54 @@ def check_mixer(
     check.tensor("delta_bias", delta_bias, ("dim",))
     check.optional("conv_x_bias", conv_x_bias, ("dim",))
     check.optional("conv_z_bias", conv_z_bias, ("dim",))
+
+
+def check_attention(qkv: Any, num_heads: Any) -> None:
+    check = _Check("attention")
+    layout = ("batch", "seqlen", "3 * dim")
+    check.tensor("qkv", qkv, layout)
+    if qkv.shape[2] % 3:
+        check.refuse_shape("qkv", qkv, (layout,))
+    check.size("seqlen", qkv.shape[1], "qkv", qkv)
+    check.size("dim", qkv.shape[2] // 3, "qkv", qkv)
+    dim = qkv.shape[2] // 3
+    if not isinstance(num_heads, int):
+        raise TypeError(f"attention: num_heads must be an integer, got {num_heads!r}")
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"attention: num_heads must divide dim = {dim}, got {num_heads}")
+
+
+def check_add_layer_norm(x: Any, y: Any, gamma: Any, weight: Any, bias: Any) -> None:
+    check = _Check("add_layer_norm")
+    check.tensor("weight", weight, ("dim",))
+    check.size("dim", weight.shape[0], "weight", weight)
+    rows = tuple(f"axis {axis}" for axis in range(x.dim() - 1)) if isinstance(x, Tensor) else ()
+    check.tensor("x", x, (*rows, "dim"))
+    check.sizes.update(zip(rows, x.shape, strict=False))
+    check.optional("y", y, (*rows, "dim"))
+    check.optional("gamma", gamma, ("dim",))
+    check.tensor("bias", bias, ("dim",))
+
+
+def check_norm_act(
+    x: Any, bias: Any, norm: Any, act: Any, gamma: Any, residual: Any
+) -> None:
+    check = _Check("norm_act")
+    layout = ("batch", "dim", "height", "width")
+    check.tensor("x", x, layout)
+    for axis, size in zip(layout[2:], x.shape[2:], strict=True):
+        check.size(axis, size, "x", x)
+    check.size("dim", x.shape[1], "x", x)
+    check.sizes["batch"] = x.shape[0]
+    check.optional("bias", bias, ("dim",))
+    if norm is not None:
+        if not isinstance(norm, tuple) or len(norm) != 5:
+            raise TypeError("norm_act: norm must be None or (mean, var, weight, shift, eps)")
+        check.tensor("mean", norm[0], ("dim",))
+        check.tensor("var", norm[1], ("dim",))
+        check.optional("weight", norm[2], ("dim",))
+        check.optional("shift", norm[3], ("dim",))
+    if act not in ("none", "relu", "gelu"):
+        raise ValueError(f"norm_act: act must be 'none', 'relu' or 'gelu', got {act!r}")
+    check.optional("gamma", gamma, ("dim",))
+    check.optional("residual", residual, layout)

@@ -2,10 +2,12 @@
 
 Triton compiles a kernel when it first meets a set of types, sizes and constants, some seconds for
 each, in the middle of whatever runs then. Which sets a model needs is found by passing images
-without memory through it and noting what each mixer is given. Then one mixer of each kind runs on
-such input, kinds side by side in threads: compiling lets other threads run.
+without memory through it and noting what each mixer is given, in evaluation mode each other part
+that has kernels, too. Then one of each kind runs on such input, kinds side by side in threads:
+compiling lets other threads run.
 """
 
+import copy
 import os
 import sys
 import threading
@@ -22,22 +24,28 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .blocks import batch_statistics_kept
+from .blocks import Attention, Block, ConvBlock, Stem, batch_statistics_kept
 from .inference import PreparedMixer
 from .mixer import MambaVisionMixer
 
-__all__ = ["MixerCall", "mixer_calls", "warmup"]
+__all__ = ["Call", "inference_calls", "mixer_calls", "warmup"]
+
+MIXERS = (MambaVisionMixer, PreparedMixer)
 
 
 @dataclass(frozen=True)
-class MixerCall:
-    """One kind of mixer in a model and what it is given, (batch x windows, seqlen, d_model)."""
+class Call:
+    """One kind of mixer, or of another part, in a model and what it is given: tokens (batch x
+    windows, seqlen, d_model), or maps."""
 
-    mixer: nn.Module
-    shape: tuple[int, int, int]
+    module: nn.Module
+    shape: tuple[int, ...]
     dtype: torch.dtype
+    channels_last: bool = False
 
     def __str__(self) -> str:
+        if len(self.shape) != 3:
+            return f"{type(self.module).__name__} {tuple(self.shape)}"
         batch, seqlen, d_model = self.shape
         return f"d_model {d_model}, seqlen {seqlen}, batch {batch}"
 
@@ -46,33 +54,35 @@ def _own_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def _kind(mixer: nn.Module) -> tuple[Any, ...]:
-    """Mixers that agree in this run the same kernels."""
-    held = (*mixer.named_parameters(), *mixer.named_buffers())
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """Parts that agree in this run the same kernels."""
+    held = (*module.named_parameters(), *module.named_buffers())
     tensors = [(name, x.shape, x.dtype, x.requires_grad) for name, x in held]
-    return type(mixer), mixer.training, *tensors
+    return type(module), module.training, *tensors
 
 
-def mixer_calls(
-    model: nn.Module, input_size: int | tuple[int, int] = 224, batch_size: int = 1
-) -> list[MixerCall]:
-    """The different calls of mixers when a model sees images of that size; nothing is computed.
+def _around(block: Block) -> Block:
+    """What a block does around its mixer and its MLP, which are other parts or have no kernels."""
+    shell = copy.copy(block)
+    shell._modules = {**block._modules, "mixer": nn.Identity(), "mlp": nn.Identity()}
+    return shell
 
-    >>> for call in mixer_calls(create_model("mamba_vision_T"), 224):  # doctest: +SKIP
-    ...     print(call)
-    d_model 320, seqlen 196, batch 1
-    d_model 640, seqlen 49, batch 1
-    """
+
+def _calls(
+    model: nn.Module, kinds: tuple[type, ...], input_size: int | tuple[int, int], batch_size: int
+) -> list[Call]:
+    """The different calls of parts of these kinds; nothing is computed."""
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-    found: dict[tuple[Any, ...], MixerCall] = {}
+    found: dict[tuple[Any, ...], Call] = {}
 
-    def note(mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        batch, seqlen, d_model = inputs[0].shape
-        call = MixerCall(mixer, (batch, seqlen, d_model), inputs[0].dtype)
-        found.setdefault((call.shape, call.dtype, _kind(mixer)), call)
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        (x,) = inputs
+        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        part = _around(module) if isinstance(module, Block) else module
+        call = Call(part, tuple(x.shape), x.dtype, channels_last)
+        found.setdefault((call.shape, call.dtype, call.channels_last, _kind(part)), call)
 
-    mixers = [m for m in model.modules() if isinstance(m, MambaVisionMixer | PreparedMixer)]
-    hooks = [m.register_forward_pre_hook(note) for m in mixers]
+    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, kinds)]
     like = next(p for p in model.parameters() if p.is_floating_point())
     # Without the head, whose CUDA graph or compiled form has no use for images without memory.
     run = getattr(model, "forward_stages", model)
@@ -93,17 +103,39 @@ def mixer_calls(
     return list(found.values())
 
 
-def _run(call: MixerCall, device: torch.device, dtype: torch.dtype) -> None:
-    """The mixer forward and, in training mode, backward; no gradient is added to a parameter."""
-    mixer = call.mixer
-    x = torch.zeros(call.shape, dtype=call.dtype, device=device)
+def mixer_calls(
+    model: nn.Module, input_size: int | tuple[int, int] = 224, batch_size: int = 1
+) -> list[Call]:
+    """The different calls of mixers when a model sees images of that size; nothing is computed.
+
+    >>> for call in mixer_calls(create_model("mamba_vision_T"), 224):  # doctest: +SKIP
+    ...     print(call)
+    d_model 320, seqlen 196, batch 1
+    d_model 640, seqlen 49, batch 1
+    """
+    return _calls(model, MIXERS, input_size, batch_size)
+
+
+def inference_calls(
+    model: nn.Module, input_size: int | tuple[int, int] = 224, batch_size: int = 1
+) -> list[Call]:
+    """The same of the other parts that have kernels: stem, convolution blocks, attention and, of
+    token blocks, the norms."""
+    return _calls(model, (Stem, ConvBlock, Block, Attention), input_size, batch_size)
+
+
+def _run(call: Call, device: torch.device, dtype: torch.dtype) -> None:
+    """The part forward and, in training mode, backward; no gradient is added to a parameter."""
+    module = call.module
+    layout = torch.channels_last if call.channels_last else torch.contiguous_format
+    x = torch.zeros(call.shape, dtype=call.dtype, device=device).to(memory_format=layout)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != call.dtype)
     # Threads begin with the defaults of all these.
-    with torch.cuda.device_of(x), torch.set_grad_enabled(mixer.training), autocast:
-        x.requires_grad_(mixer.training)
-        out = mixer.forward(x)
-        if mixer.training:
-            trained = [x, *(p for p in mixer.parameters() if p.requires_grad)]
+    with torch.cuda.device_of(x), torch.set_grad_enabled(module.training), autocast:
+        x.requires_grad_(module.training)
+        out = module.forward(x)
+        if module.training:
+            trained = [x, *(p for p in module.parameters() if p.requires_grad)]
             torch.autograd.grad(out, trained, torch.zeros_like(out))
 
 
@@ -142,7 +174,7 @@ class _Line:
             print(f"warmup: {text}", file=sys.stderr)
 
 
-def _nothing(device: torch.device, calls: Sequence[MixerCall]) -> str | None:
+def _nothing(device: torch.device, calls: Sequence[Call]) -> str | None:
     """Why there is nothing to compile, if so."""
     if not calls:
         return "the model has no mixers of this package"
@@ -150,7 +182,7 @@ def _nothing(device: torch.device, calls: Sequence[MixerCall]) -> str | None:
         return f"on {device.type} mixers run in plain PyTorch"
     if find_spec("triton") is None:
         return "Triton is not installed, mixers run in plain PyTorch"
-    if all(getattr(call.mixer, "backend", "auto") == "torch" for call in calls):
+    if all(getattr(call.module, "backend", "auto") == "torch" for call in calls):
         return "its mixers have backend='torch'"
     return None
 
@@ -196,6 +228,8 @@ def warmup(
     if reason := _nothing(device, calls):
         line.show(f"nothing to compile: {reason}", end=True)
         return {}
+    if not model.training:
+        calls += inference_calls(model, input_size, batch_size)
     seconds: dict[str, float] = {}
     begun = time.perf_counter()
 
@@ -203,11 +237,11 @@ def warmup(
         seconds[kernel] = seconds.get(kernel, 0.0) + took
         line.show(f"{kernel}, {took:.1f} s")
 
-    line.show(f"{len(calls)} mixers")
+    line.show(f"{len(calls)} parts")
     with _compilations(done), ThreadPoolExecutor(os.cpu_count()) as threads:
         for finished in [threads.submit(_run, call, device, dtype) for call in calls]:
             finished.result()
     torch.cuda.synchronize(device)
     elapsed = time.perf_counter() - begun
-    line.show(f"{len(seconds)} kernels for {len(calls)} mixers in {elapsed:.1f} s", end=True)
+    line.show(f"{len(seconds)} kernels for {len(calls)} parts in {elapsed:.1f} s", end=True)
     return seconds

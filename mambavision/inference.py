@@ -129,7 +129,8 @@ def _fold(model: nn.Module) -> None:
             conv1, norm1, act1, conv2, norm2, act2 = module.conv_down
             _convolution(conv1, norm1, None)
             _convolution(conv2, norm2, None)
-            module.conv_down = nn.Sequential(conv1, act1, conv2, act2)
+            same = nn.Identity()
+            module.conv_down = nn.Sequential(conv1, same, act1, conv2, same, act2)
         elif isinstance(module, ConvBlock):
             _convolution(module.conv1, module.norm1, None)
             _convolution(module.conv2, module.norm2, module.gamma)
@@ -163,8 +164,8 @@ def _pack(model: nn.Module) -> None:
     """Layers in the forms that the libraries have, activations inside them."""
     for module in list(model.modules()):
         if isinstance(module, Stem):
-            _pack_layer(module.conv_down, "0", "1")
-            _pack_layer(module.conv_down, "2", "3")
+            _pack_layer(module.conv_down, "0", "2")
+            _pack_layer(module.conv_down, "3", "5")
         elif isinstance(module, ConvBlock):
             _pack_layer(module, "conv1", "act1")
             _pack_layer(module, "conv2")

@@ -74,7 +74,7 @@ class MambaVision(nn.Module):
 
     By default every linear layer starts from a normal distribution of deviation 0.02, truncated at
     +-2, with zero bias, as published; that discards Mamba's own initialisation of the steps, which
-    `mamba_dt_init=True` keeps. `backend` is that of `ops.mixer`.
+    `mamba_dt_init=True` keeps. `backend` is that of the operators in `ops`.
 
     Raises ValueError for an input of wrong shape, size or device, TypeError for a wrong dtype.
 
@@ -146,13 +146,13 @@ class MambaVision(nn.Module):
 
         last = max(sum(depths) - 1, 1)
         rates = [drop_path_rate * index / last for index in range(sum(depths))]
-        self.patch_embed = Stem(in_chans, in_dim, dim)
+        self.patch_embed = Stem(in_chans, in_dim, dim, backend)
         self.levels = nn.ModuleList()
         for index, depth in enumerate(depths):
             width, downsample = dim * 2**index, index < 3
             here, rates = rates[:depth], rates[depth:]
             if index < 2:
-                stage = conv_stage(width, here, layer_scale_conv, downsample)
+                stage = conv_stage(width, here, layer_scale_conv, downsample, backend=backend)
             else:
                 stage = token_stage(
                     width,

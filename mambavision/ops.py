@@ -4,6 +4,9 @@
     selective_scan_fn   the same, called as mamba-ssm's function of that name
     conv1d_silu         depthwise 'same' convolution over the sequence, then SiLU
     mixer               all of a MambaVision mixer that lies between in_proj and out_proj
+    attention           softmax(q k^T / sqrt(head_dim)) v over the tokens of a short window
+    add_layer_norm      x + gamma y and the layer norm of that
+    norm_act            all that stands behind a convolution: bias, norm, activation, residual sum
 
 Two backends hold the same functions: `kernels` (Triton, imported when first used) and
 `mambavision.torch_backend` (plain PyTorch). `backend="auto"` takes Triton for tensors on a GPU
@@ -14,7 +17,10 @@ Eager calls go straight to the backend's autograd function. Whatever traces inst
 `torch.ops.mambavision.{conv1d_silu,selective_scan,mixer}_{fwd,bwd}`, which call the same forward
 and backward functions.
 
-What holds for each operator: the output has the first argument's dtype, each gradient its
+The last three have kernels for inference alone. Where something has to be differentiated, under
+autocast, and in whatever traces, they are PyTorch's operations.
+
+What holds for each of the others: the output has the first argument's dtype, each gradient its
 argument's; softplus, exp, states and sums are float32, float64 where the first argument is, unmoved
 by autocast. Any strides are accepted; a Triton kernel copies what is not contiguous along its last
 axis. Inputs are never modified, the bits are the same in every run, a second derivative raises.
@@ -33,10 +39,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import torch_backend
-from .checks import check_conv1d_silu, check_mixer, check_selective_scan
+from .checks import (
+    check_add_layer_norm,
+    check_attention,
+    check_conv1d_silu,
+    check_mixer,
+    check_norm_act,
+    check_selective_scan,
+)
 from .torch_backend import work_dtype
 
-__all__ = ["conv1d_silu", "mixer", "selective_scan", "selective_scan_fn"]
+__all__ = [
+    "add_layer_norm", "attention", "conv1d_silu", "infers", "mixer", "norm_act", "selective_scan",
+    "selective_scan_fn",
+]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -534,3 +550,94 @@ def mixer(
                 _settled.clear()
             _settled[call] = module
     return module.mixer(*inputs[:8], conv_x_bias=conv_x_bias, conv_z_bias=conv_z_bias)
+
+
+# The operators of inference
+
+
+def infers(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether the kernels of inference run: on tensors that are computed with at once, without
+    autocast, of which none has to be differentiated, and that Triton serves."""
+    x = tensors[0]
+    assert x is not None
+    if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
+        return False
+    if _traced(x) or torch.is_autocast_enabled(x.device.type):
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return False
+    return _choose("infers", backend, 1, *tensors) == "triton"
+
+
+def attention(qkv: Tensor, num_heads: int, *, backend: str = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v, head by head, over all tokens of a window.
+
+    qkv is (batch, seqlen, 3 dim), columns in the order (q | k | v, head, head_dim), as one linear
+    layer gives them; y is (batch, seqlen, dim), columns (head, head_dim).
+
+    Any float dtype; y has qkv's. Without gradients Triton serves float16 and bfloat16, seqlen up to
+    256 and head_dim up to 128; everything else is PyTorch's scaled_dot_product_attention. Raises
+    as `selective_scan` does.
+    Source: Vaswani et al., arXiv 1706.03762.
+
+    >>> attention(torch.randn(2, 49, 3 * 320), 8).shape
+    torch.Size([2, 49, 320])
+    """
+    check_attention(qkv, num_heads)
+    if infers(backend, qkv):
+        kernels = _module("triton")
+        if kernels.attention_serves(qkv, num_heads):
+            return kernels.attention(qkv, num_heads)
+    return torch_backend.attention(qkv, num_heads)
+
+
+def add_layer_norm(
+    x: Tensor, y: Tensor | None, gamma: Tensor | None, weight: Tensor, bias: Tensor,
+    eps: float = 1e-5, *, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A residual sum and its layer norm: (s, n).
+
+        s = x + gamma y                                        s = x where there is no y
+        n = (s - mean(s)) / sqrt(var(s) + eps) weight + bias   mean and variance over dim
+
+    x, y, s, n are (..., dim); gamma, which may be None, weight and bias (dim,).
+
+    Any float dtypes; s and n have x's. Without gradients Triton serves float32, float16 and
+    bfloat16. Raises as `selective_scan` does. Source: Ba et al., arXiv 1607.06450.
+
+    >>> x, y, w = torch.randn(2, 49, 320), torch.randn(2, 49, 320), torch.ones(320)
+    >>> s, n = add_layer_norm(x, y, None, w, torch.zeros(320))
+    >>> torch.equal(s, x + y), n.shape
+    (True, torch.Size([2, 49, 320]))
+    """
+    check_add_layer_norm(x, y, gamma, weight, bias)
+    module = _module("triton") if infers(backend, x, y, gamma, weight, bias) else torch_backend
+    return module.add_layer_norm(x, y, gamma, weight, bias, eps)
+
+
+def norm_act(
+    x: Tensor, bias: Tensor | None = None, norm: Sequence[Any] | None = None, act: str = "none",
+    gamma: Tensor | None = None, residual: Tensor | None = None, *, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """All that stands behind a convolution, in one pass over the map.
+
+        a = (x + bias - mean) / sqrt(var + eps) weight + shift    a = x + bias without a norm
+        y = residual + gamma act(a)
+
+    x, residual and y are (batch, dim, height, width), channels-last where Triton serves; bias,
+    gamma and the norm's statistics (dim,). `norm` is (mean, var, weight, shift, eps), of which
+    weight and shift may be None; `act` is "none", "relu" or "gelu", the last in its tanh form.
+
+    Any float dtypes; y has x's. Without gradients Triton serves float32, float16 and bfloat16.
+    Raises as `selective_scan` does.
+
+    >>> x = torch.randn(2, 80, 56, 56).to(memory_format=torch.channels_last)
+    >>> norm_act(x, torch.zeros(80), None, "gelu", residual=x).shape
+    torch.Size([2, 80, 56, 56])
+    """
+    check_norm_act(x, bias, norm, act, gamma, residual)
+    statistics = () if norm is None else norm[:4]
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    if channels_last and infers(backend, x, bias, *statistics, gamma, residual):
+        return _module("triton").norm_act(x, bias, norm, act, gamma, residual)
+    return torch_backend.norm_act(x, bias, norm, act, gamma, residual)

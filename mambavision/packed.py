@@ -173,8 +173,12 @@ class PackedConv2d(_Packing, nn.Conv2d):
             raise ValueError("PackedConv2d: source must be padded with zeros, by numbers")
         self._take(source, act)
 
+    def library_fuses(self, x: Tensor) -> bool:
+        """Whether the convolution of x and what is behind it are one call of NVIDIA's library."""
+        return x.dim() == 4 and self._fuses(nn.ReLU, x)
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 4 and self._fuses(nn.ReLU, x):
+        if self.library_fuses(x):
             return torch.ops.aten.cudnn_convolution_relu(
                 x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
             )

@@ -23,7 +23,9 @@ MAY_IMPORT = {
         "torch", "triton", "mambavision.checks", "mambavision.kernels", "mambavision.torch_backend",
     },
     "mambavision.mixer": {"torch", "einops", "mambavision.ops"},
-    "mambavision.blocks": {"torch", "einops", "mambavision.mixer"},
+    "mambavision.blocks": {
+        "torch", "einops", "mambavision.mixer", "mambavision.ops", "mambavision.packed",
+    },
     "mambavision.packed": {"torch", "mambavision.ops"},
     "mambavision.inference": {
         "torch", "mambavision.blocks", "mambavision.mixer", "mambavision.ops",

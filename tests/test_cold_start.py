@@ -12,7 +12,7 @@ import torch
 
 import mambavision
 from mambavision import MambaVision, MambaVisionMixer, create_model
-from mambavision.cold_start import MixerCall, _compilations, _run, mixer_calls
+from mambavision.cold_start import Call, _compilations, _run, inference_calls, mixer_calls
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -51,6 +51,27 @@ def test_finds_each_kind_once():
     assert mixer_calls(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3))) == []
 
 
+def test_finds_the_other_parts_with_kernels():
+    """Stem, convolution blocks, and of token blocks attention and norms; the image as it comes."""
+    model = MambaVision(**SMALL).eval().to(memory_format=torch.channels_last)
+    calls = inference_calls(model, 64, 2)
+    assert [(type(call.module).__name__, call.shape, call.channels_last) for call in calls] == [
+        ("Stem", (2, 3, 64, 64), False),
+        ("ConvBlock", (2, 16, 16, 16), True),
+        ("ConvBlock", (2, 32, 8, 8), True),
+        ("Block", (2, 16, 64), False),
+        ("Attention", (2, 16, 64), False),
+        ("Block", (2, 4, 128), False),
+        ("Attention", (2, 4, 128), False),
+    ]
+    for call in calls:
+        _run(call, torch.device("cpu"), torch.float32)
+        norms = {"norm1", "norm2", "mixer", "mlp", "drop_path"}
+        if "Block" == type(call.module).__name__:
+            assert {name for name, _ in call.module.named_children()} == norms
+            assert not list(call.module.mixer.parameters())
+
+
 def test_looking_leaves_no_trace():
     model = MambaVision(**SMALL, drop_rate=0.1, attn_drop_rate=0.1)
     before = {name: (x.clone(), x._version) for name, x in model.state_dict().items()}
@@ -59,6 +80,7 @@ def test_looking_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), seed)
     for name, x in model.state_dict().items():
         assert torch.equal(x, before[name][0]) and x._version == before[name][1], name
+    inference_calls(model, 64, 4)
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 5)
 
@@ -79,7 +101,7 @@ def test_running_adds_no_gradients(monkeypatch, training):
     mixer.D.requires_grad_(False)
     mixer.register_forward_hook(lambda *_: directions.append("hook"))
     for dtype in (torch.float32, torch.bfloat16):
-        _run(MixerCall(mixer, (2, 5, 16), torch.float32), torch.device("cpu"), dtype)
+        _run(Call(mixer, (2, 5, 16), torch.float32), torch.device("cpu"), dtype)
     assert all(p.grad is None for p in mixer.parameters())
     assert directions == (["forward", "backward"] * 2 if training else ["forward"] * 2)
 
@@ -120,6 +142,18 @@ def test_compilations_are_timed_and_hooks_of_others_called():
         assert (runtime.jit_cache_hook, runtime.jit_post_compile_hook) == hooks
     ((name, seconds),) = ours
     assert name == "scan_kernel" and 0 <= seconds < 1 and theirs == ["begin", "end"]
+
+
+@pytest.mark.gpu
+def test_after_a_warmup_inference_compiles_nothing():
+    model = MambaVision(**SMALL).cuda().eval().half().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64, device="cuda", dtype=torch.float16)
+    compiled = []
+    for ready in (model, model.optimize_for_inference()):
+        mambavision.warmup(ready, 64, batch_size=2)
+        with _compilations(lambda kernel, took: compiled.append(kernel)), torch.inference_mode():
+            ready(x)
+        assert not compiled
 
 
 @pytest.mark.gpu

@@ -512,3 +512,43 @@ def test_selective_scan_fn_dtypes(dtype):
     y, last_state = ops.selective_scan_fn(**tensors, delta_softplus=True, return_last_state=True)
     assert y.dtype == dtype and y.shape == tensors["u"].shape
     assert last_state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+PARAMETERS = {
+    "selective_scan": ("D", "delta_bias"),
+    "conv1d_silu": ("bias",),
+    "mixer": ("D", "delta_bias", "conv_x_bias", "conv_z_bias"),
+    "add_layer_norm": ("gamma", "weight", "bias"),
+    "norm_act": ("bias", "gamma"),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_of_any_stride(name):
+    """Rows of a matrix's columns, as a view of packed parameters is."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g).to(device)
+
+    dim, seqlen = 8, 5
+    parameters = {key: normal(dim, 2)[:, 0] for key in PARAMETERS[name]}
+    x, weight = normal(2, seqlen, dim), normal(dim, 3)
+    A, B = -normal(dim, 4).abs(), normal(2, seqlen, 4)
+    arguments = {
+        "selective_scan": {"u": x, "delta": x, "A": A, "B": B, "C": B},
+        "conv1d_silu": {"x": x, "weight": weight},
+        "mixer": {
+            "xz": normal(2, seqlen, 2 * dim), "conv_x_weight": weight, "conv_z_weight": weight,
+            "x_proj_weight": normal(11, dim), "dt_proj_weight": weight, "A": A,
+        },
+        "add_layer_norm": {"x": x, "y": x},
+        "norm_act": {"x": normal(2, 3, 3, dim).permute(0, 3, 1, 2)},
+    }[name]  # fmt: skip
+    op = getattr(ops, name)
+    found = op(**arguments, **parameters, backend="triton")
+    apart = {key: value.contiguous() for key, value in parameters.items()}
+    wanted = op(**arguments, **apart, backend="triton")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)

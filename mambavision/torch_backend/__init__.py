@@ -5,8 +5,11 @@ activations, unmoved by autocast; arguments are checked by `mambavision.ops`.
 """
 
 from ._common import work_dtype
+from .add_layer_norm import add_layer_norm
+from .attention import attention
 from .conv1d_silu import conv1d_silu, conv1d_silu_bwd, conv1d_silu_fwd
 from .mixer import mixer, mixer_bwd, mixer_fwd
+from .norm_act import norm_act
 from .selective_scan import (
     selective_scan,
     selective_scan_bwd,
@@ -15,12 +18,15 @@ from .selective_scan import (
 )
 
 __all__ = [
+    "add_layer_norm",
+    "attention",
     "conv1d_silu",
     "conv1d_silu_bwd",
     "conv1d_silu_fwd",
     "mixer",
     "mixer_bwd",
     "mixer_fwd",
+    "norm_act",
     "selective_scan",
     "selective_scan_bwd",
     "selective_scan_fwd",
