@@ -205,6 +205,14 @@ def call_norm_act(case: Case) -> None:
     op.norm_act(x, parameter, norm, "none", parameter, x)
 
 
+def call_stem_conv(case: Case) -> None:
+    op = import_module("mambavision.kernels.stem_conv")
+    x = case.tensor(case.batch, 3, 224, 224).to(memory_format=torch.channels_last)
+    W, parameter = case.tensor(case.dim, 3, 3, 3), case.tensor(case.dim)
+    op.stem_conv(x, W, None, (parameter, parameter, parameter, parameter, 1e-5))
+    op.stem_conv(x, W, parameter, None)
+
+
 DTYPES = ("float16", "bfloat16", "float32")
 # (dim, seqlen, dt_rank) of published models: T stages 3 and 4, L stage 3, L3-256 stage 3.
 SHAPES = ((160, 196, 20), (320, 49, 40), (392, 196, 49), (512, 256, 64))
@@ -231,6 +239,11 @@ def shipped_cases() -> list[Case]:
             Case("norm_act", call_norm_act, dim=dim, seqlen=784, dtype=dtype)
             for dim in (32, 80, 160, 196, 392)
         ]
+        if dtype != "float32":
+            cases += [
+                Case("stem_conv", call_stem_conv, dim=dim, seqlen=112 * 112, dtype=dtype)
+                for dim in (32, 64)
+            ]
         # The gate alone, all that one call can carry, and a length that leaves a rest of a chunk.
         cases += [
             Case("selective_scan", call_selective_scan, mode=mode, seqlen=seqlen, dtype=dtype)

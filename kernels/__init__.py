@@ -12,6 +12,7 @@ from .selective_scan import (
     selective_scan_fwd,
     states_shape,
 )
+from .stem_conv import stem_conv, stem_conv_serves
 
 __all__ = [
     "MAX_DSTATE",
@@ -29,4 +30,6 @@ __all__ = [
     "selective_scan_bwd",
     "selective_scan_fwd",
     "states_shape",
+    "stem_conv",
+    "stem_conv_serves",
 ]

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .mixer import MambaVisionMixer
-from .ops import add_layer_norm, attention, infers, norm_act
+from .ops import add_layer_norm, attention, infers, norm_act, stem_conv, stem_conv_serves
 from .packed import PackedConv2d
 
 __all__ = [
@@ -83,6 +83,25 @@ def _activation(act: nn.Module | None) -> str | None:
     return "gelu" if _plain(act, nn.GELU) and getattr(act, "approximate", "") == "tanh" else None
 
 
+def _statistics(norm: Any) -> tuple[Any, ...] | None:
+    """A batch norm as `norm_act` takes it, empty where there is none; None where that is not what
+    it computes."""
+    if _plain(norm, nn.Identity):
+        return ()
+    if _plain(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None:
+        return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+    return None
+
+
+def _behind(conv: Any, act: nn.Module | None) -> str | None:
+    """The name of the activation behind a convolution, or inside a packed one; None where the
+    convolution or the activation is of another kind."""
+    form = _activation(act)
+    if _plain(conv, PackedConv2d):
+        return _activation(conv.act) if form == "none" else None
+    return form if _plain(conv, nn.Conv2d) and conv.padding_mode == "zeros" else None
+
+
 def _convolved(
     conv: Any, norm: Any, act: nn.Module | None, gamma: Tensor | None, x: Tensor,
     residual: Tensor | None, backend: str,
@@ -91,22 +110,30 @@ def _convolved(
     GPU; None where that cannot be, or is not what these modules compute."""
     if backend == "torch" or torch.compiler.is_compiling():
         return None
-    form = _activation(act)
-    if _plain(conv, PackedConv2d) and form == "none" and not conv.library_fuses(x):
-        form = _activation(conv.act)
-    elif not _plain(conv, nn.Conv2d) or conv.padding_mode != "zeros":
-        form = None
-    statistics: tuple[Any, ...] | None = None
-    if _plain(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None:
-        statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
-    elif not _plain(norm, nn.Identity):
-        form = None
-    if form is None:
+    form, statistics = _behind(conv, act), _statistics(norm)
+    if form is None or statistics is None:
         return None
-    if not infers(backend, x, conv.weight, conv.bias, *(statistics or ())[:4], gamma, residual):
+    if isinstance(conv, PackedConv2d) and conv.library_fuses(x):
+        return None
+    if not infers(backend, x, conv.weight, conv.bias, *statistics[:4], gamma, residual):
         return None
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return norm_act(y, conv.bias, statistics, form, gamma, residual, backend=backend)
+    return norm_act(y, conv.bias, statistics or None, form, gamma, residual, backend=backend)
+
+
+def _stem_convolved(conv: Any, norm: Any, act: nn.Module, x: Tensor, backend: str) -> Tensor | None:
+    """act(norm(conv(x))) of an image in one kernel; None where that has no such kernel."""
+    if backend == "torch" or torch.compiler.is_compiling():
+        return None
+    statistics = _statistics(norm)
+    if _behind(conv, act) != "relu" or statistics is None:
+        return None
+    sizes = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    if sizes != ((3, 3), (2, 2), (1, 1), (1, 1), 1):
+        return None
+    if not stem_conv_serves(backend, x, conv.weight, conv.bias, *statistics[:4]):
+        return None
+    return stem_conv(x, conv.weight, conv.bias, statistics or None, backend=backend)
 
 
 def _half(in_dim: int, dim: int) -> nn.Conv2d:
@@ -132,12 +159,14 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if len(self.conv_down) != 6 or not _plain(self.conv_down, nn.Sequential):
             return self.conv_down(x)
-        layers = list(self.conv_down)
-        while layers:
-            conv, norm, act, *layers = layers
+        conv, norm, act, *second = self.conv_down
+        y = _stem_convolved(conv, norm, act, x, self.backend)
+        if y is None:
             y = _convolved(conv, norm, act, None, x, None, self.backend)
-            x = act(norm(conv(x))) if y is None else y
-        return x
+        x = act(norm(conv(x))) if y is None else y
+        conv, norm, act = second
+        y = _convolved(conv, norm, act, None, x, None, self.backend)
+        return act(norm(conv(x))) if y is None else y
 
 
 class Downsample(nn.Module):
@@ -415,7 +444,9 @@ class Stage(nn.Module):
 
     def _joins(self, x: Tensor) -> bool:
         """Whether the sum that ends a block may be made by the block behind it."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return False
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.blocks.parameters()):
             return False
         blocks: list[Any] = list(self.blocks)
         plain = all(_plain(block, Block) and _passes(block.drop_path) for block in blocks)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "check_add_layer_norm", "check_attention", "check_conv1d_silu", "check_mixer", "check_norm_act",
-    "check_selective_scan",
+    "check_selective_scan", "check_stem_conv",
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -207,9 +207,18 @@ def check_add_layer_norm(x: Any, y: Any, gamma: Any, weight: Any, bias: Any) -> 
     check.tensor("bias", bias, ("dim",))
 
 
-def check_norm_act(
-    x: Any, bias: Any, norm: Any, act: Any, gamma: Any, residual: Any
-) -> None:
+def _check_norm(check: _Check, norm: Any) -> None:
+    if norm is None:
+        return
+    if not isinstance(norm, tuple) or len(norm) != 5:
+        raise TypeError(f"{check.op}: norm must be None or (mean, var, weight, shift, eps)")
+    check.tensor("mean", norm[0], ("dim",))
+    check.tensor("var", norm[1], ("dim",))
+    check.optional("weight", norm[2], ("dim",))
+    check.optional("shift", norm[3], ("dim",))
+
+
+def check_norm_act(x: Any, bias: Any, norm: Any, act: Any, gamma: Any, residual: Any) -> None:
     check = _Check("norm_act")
     layout = ("batch", "dim", "height", "width")
     check.tensor("x", x, layout)
@@ -218,14 +227,20 @@ def check_norm_act(
     check.size("dim", x.shape[1], "x", x)
     check.sizes["batch"] = x.shape[0]
     check.optional("bias", bias, ("dim",))
-    if norm is not None:
-        if not isinstance(norm, tuple) or len(norm) != 5:
-            raise TypeError("norm_act: norm must be None or (mean, var, weight, shift, eps)")
-        check.tensor("mean", norm[0], ("dim",))
-        check.tensor("var", norm[1], ("dim",))
-        check.optional("weight", norm[2], ("dim",))
-        check.optional("shift", norm[3], ("dim",))
+    _check_norm(check, norm)
     if act not in ("none", "relu", "gelu"):
         raise ValueError(f"norm_act: act must be 'none', 'relu' or 'gelu', got {act!r}")
     check.optional("gamma", gamma, ("dim",))
     check.optional("residual", residual, layout)
+
+
+def check_stem_conv(x: Any, W: Any, bias: Any, norm: Any) -> None:
+    check = _Check("stem_conv")
+    check.tensor("x", x, ("batch", "in_chans", "height", "width"))
+    for axis, size in zip(("in_chans", "height", "width"), x.shape[1:], strict=True):
+        check.size(axis, size, "x", x)
+    check.sizes["3"] = 3
+    check.tensor("W", W, ("dim", "in_chans", "3", "3"))
+    check.size("dim", W.shape[0], "W", W)
+    check.optional("bias", bias, ("dim",))
+    _check_norm(check, norm)

@@ -7,6 +7,7 @@
     attention           softmax(q k^T / sqrt(head_dim)) v over the tokens of a short window
     add_layer_norm      x + gamma y and the layer norm of that
     norm_act            all that stands behind a convolution: bias, norm, activation, residual sum
+    stem_conv           the first convolution of an image, with norm and ReLU
 
 Two backends hold the same functions: `kernels` (Triton, imported when first used) and
 `mambavision.torch_backend` (plain PyTorch). `backend="auto"` takes Triton for tensors on a GPU
@@ -17,7 +18,7 @@ Eager calls go straight to the backend's autograd function. Whatever traces inst
 `torch.ops.mambavision.{conv1d_silu,selective_scan,mixer}_{fwd,bwd}`, which call the same forward
 and backward functions.
 
-The last three have kernels for inference alone. Where something has to be differentiated, under
+The last four have kernels for inference alone. Where something has to be differentiated, under
 autocast, and in whatever traces, they are PyTorch's operations.
 
 What holds for each of the others: the output has the first argument's dtype, each gradient its
@@ -46,12 +47,13 @@ from .checks import (
     check_mixer,
     check_norm_act,
     check_selective_scan,
+    check_stem_conv,
 )
 from .torch_backend import work_dtype
 
 __all__ = [
     "add_layer_norm", "attention", "conv1d_silu", "infers", "mixer", "norm_act", "selective_scan",
-    "selective_scan_fn",
+    "selective_scan_fn", "stem_conv", "stem_conv_serves",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "torch")
@@ -641,3 +643,33 @@ def norm_act(
     if channels_last and infers(backend, x, bias, *statistics, gamma, residual):
         return _module("triton").norm_act(x, bias, norm, act, gamma, residual)
     return torch_backend.norm_act(x, bias, norm, act, gamma, residual)
+
+
+def stem_conv_serves(backend: str, x: Tensor, W: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether `stem_conv` has a kernel for this call, and `infers`."""
+    return infers(backend, x, W, *tensors) and bool(_module("triton").stem_conv_serves(x, W))
+
+
+def stem_conv(
+    x: Tensor, W: Tensor, bias: Tensor | None = None, norm: Sequence[Any] | None = None, *,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """The first convolution of an image, 3 x 3 with stride 2, with norm and ReLU.
+
+        y = relu((conv(x) + bias - mean) / sqrt(var + eps) weight + shift)
+
+    x is (batch, in_chans, height, width) of any strides, W (dim, in_chans, 3, 3), bias (dim,); y is
+    (batch, dim, height / 2, width / 2), rounded up. `norm` is that of `norm_act`.
+
+    Any float dtypes; y has x's. Without gradients Triton serves float16 and bfloat16, in_chans up
+    to 7 and dim up to 128, y channels-last; everything else is PyTorch's conv2d. Raises as
+    `selective_scan` does. Source: the stem of MambaVision, arXiv 2407.08083, section 3.
+
+    >>> stem_conv(torch.randn(2, 3, 224, 224), torch.randn(32, 3, 3, 3)).shape
+    torch.Size([2, 32, 112, 112])
+    """
+    check_stem_conv(x, W, bias, norm)
+    statistics = () if norm is None else norm[:4]
+    if stem_conv_serves(backend, x, W, bias, *statistics):
+        return _module("triton").stem_conv(x, W, bias, norm)
+    return torch_backend.stem_conv(x, W, bias, norm)

@@ -10,6 +10,7 @@ from .conv1d_silu import Conv1dSiluGrads, conv1d_silu, conv1d_silu_backward
 from .mixer import MixerGrads, mixer, mixer_backward
 from .norm_act import norm_act
 from .selective_scan import SelectiveScanGrads, selective_scan, selective_scan_backward
+from .stem_conv import stem_conv
 
 __all__ = [
     "Conv1dSiluGrads",
@@ -24,4 +25,5 @@ __all__ = [
     "norm_act",
     "selective_scan",
     "selective_scan_backward",
+    "stem_conv",
 ]

@@ -82,7 +82,7 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(kernels, name, call)
 
-    for name in ("add_layer_norm", "attention", "norm_act"):
+    for name in ("add_layer_norm", "attention", "norm_act", "stem_conv"):
         counted(name)
     return counts
 
@@ -140,6 +140,27 @@ def test_attention_in_half_precision(calls):
     with torch.no_grad():
         found, exact = module(x), _plain_twin(module)(x.double())
     assert calls == {"attention": 1}
+    _assert_same(found, exact, 4 * 2**-11)
+
+
+@pytest.mark.parametrize("optimized", (False, True), ids=("as-it-is", "optimized"))
+def test_stem_in_half_precision(calls, optimized):
+    """Folded and packed, its norms are gone and ReLUs inside the convolutions."""
+    model = MambaVision(
+        dim=12, in_dim=8, depths=(1, 1, 1, 1), window_size=(8, 8, 2, 2), mlp_ratio=1.0,
+        num_heads=(1, 1, 2, 4), num_classes=0, backend="triton",
+    )  # fmt: skip
+    model = _drawn(model).half()
+    x = _maps(3).half()
+    with torch.no_grad():
+        exact = _plain_twin(model.patch_embed)(x.double())
+        ready = optimize_for_inference(model).model if optimized else model
+        found = ready.patch_embed(x)
+    expected = {"stem_conv": 1, "norm_act": 1}
+    if optimized and DEVICE == "cuda":
+        # Behind the second convolution NVIDIA's library computes ReLU itself.
+        del expected["norm_act"]
+    assert calls == expected
     _assert_same(found, exact, 4 * 2**-11)
 
 

@@ -16,6 +16,7 @@ from .selective_scan import (
     selective_scan_fwd,
     states_shape,
 )
+from .stem_conv import stem_conv
 
 __all__ = [
     "add_layer_norm",
@@ -31,5 +32,6 @@ __all__ = [
     "selective_scan_bwd",
     "selective_scan_fwd",
     "states_shape",
+    "stem_conv",
     "work_dtype",
 ]
