@@ -42,18 +42,21 @@ def _stem_conv_kernel(
     batch, height, width, eps, in_chans: tl.constexpr, dim: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    pixel = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
+    # Divisions of 64 bits are subroutines; the launcher keeps to 2^31 pixels
+    pixel = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
     row = pixel // out_width
-    i, j = row % out_height, pixel % out_width
     b = row // out_height
+    i, j = row % out_height, pixel % out_width
     offs_k = tl.arange(0, BLOCK_K)[None, :]
-    h = 2 * i - 1 + offs_k // (3 * in_chans)
-    w = 2 * j - 1 + offs_k // in_chans % 3
+    down, right = offs_k // (3 * in_chans), offs_k // in_chans % 3
+    h, w = 2 * i - 1 + down, 2 * j - 1 + right
     inside = (b < batch) & (offs_k < 9 * in_chans)
     inside = inside & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-    at = b * stride_xb + h * stride_xh + w * stride_xw + offs_k % in_chans * stride_xc
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    # A pixel's own place and, the same for all of them, that of what it reads
+    at = b.to(tl.int64) * stride_xb + ((2 * i - 1) * stride_xh + (2 * j - 1) * stride_xw)
+    around = down * stride_xh + right * stride_xw + offs_k % in_chans * stride_xc
+    x = tl.load(x_ptr + at + around, mask=inside, other=0.0)
 
     offs_k = tl.arange(0, BLOCK_K)[:, None]
     offs_d = tl.arange(0, BLOCK_D)[None, :]
@@ -68,12 +71,13 @@ def _stem_conv_kernel(
         y += load_row(shift_ptr, offs_d, mask_d, 0.0)
     # Not tl.maximum, for which NaN is the smaller one
     y = tl.where(y < 0.0, 0.0, y)
-    dev.store(y_ptr + pixel * dim + offs_d, y, (b < batch) & mask_d)
+    dev.store(y_ptr + pixel.to(tl.int64) * dim + offs_d, y, (b < batch) & mask_d)
 
 
 def stem_conv_serves(x, W):
-    """Whether a program can hold such a convolution, on tensor cores."""
-    return x.shape[1] <= MAX_IN_CHANS and W.shape[0] <= MAX_DIM and x.element_size() == 2
+    """Whether a program can hold such a convolution, on tensor cores, and 32 bits its pixels."""
+    fits = x.shape[1] <= MAX_IN_CHANS and W.shape[0] <= MAX_DIM and x.numel() < 2**31
+    return fits and x.element_size() == 2
 
 
 def stem_conv(x, W, bias, norm):

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .mixer import MambaVisionMixer
-from .ops import add_layer_norm, attention, infers, norm_act, stem_conv, stem_conv_serves
+from .ops import attention, infers
 from .packed import PackedConv2d
 
 __all__ = [
@@ -115,10 +115,12 @@ def _convolved(
         return None
     if isinstance(conv, PackedConv2d) and conv.library_fuses(x):
         return None
-    if not infers(backend, x, conv.weight, conv.bias, *statistics[:4], gamma, residual):
+    kernels = infers(backend, x, conv.weight, conv.bias, *statistics[:4], gamma, residual)
+    if kernels is None:
         return None
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return norm_act(y, conv.bias, statistics or None, form, gamma, residual, backend=backend)
+    y = y.contiguous(memory_format=torch.channels_last)
+    return kernels.norm_act(y, conv.bias, statistics or None, form, gamma, residual)
 
 
 def _stem_convolved(conv: Any, norm: Any, act: nn.Module, x: Tensor, backend: str) -> Tensor | None:
@@ -131,9 +133,10 @@ def _stem_convolved(conv: Any, norm: Any, act: nn.Module, x: Tensor, backend: st
     sizes = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
     if sizes != ((3, 3), (2, 2), (1, 1), (1, 1), 1):
         return None
-    if not stem_conv_serves(backend, x, conv.weight, conv.bias, *statistics[:4]):
+    kernels = infers(backend, x, conv.weight, conv.bias, *statistics[:4])
+    if kernels is None or not kernels.stem_conv_serves(x, conv.weight):
         return None
-    return stem_conv(x, conv.weight, conv.bias, statistics or None, backend=backend)
+    return kernels.stem_conv(x, conv.weight, conv.bias, statistics or None)
 
 
 def _half(in_dim: int, dim: int) -> nn.Conv2d:
@@ -353,8 +356,8 @@ class Block(nn.Module):
         if _plain(norm, nn.LayerNorm) and (y is None or _passes(self.drop_path)):
             weight, bias = norm.weight, norm.bias
             affine = weight is not None and bias is not None and weight.dim() == 1
-            if affine and infers(self.backend, x, y, gamma, weight, bias):
-                return add_layer_norm(x, y, gamma, weight, bias, norm.eps, backend=self.backend)
+            if affine and (kernels := infers(self.backend, x, y, gamma, weight, bias)):
+                return kernels.add_layer_norm(x, y, gamma, weight, bias, norm.eps)
         if y is not None:
             x = x + self.drop_path(y if gamma is None else gamma * y)
         return x, norm(x)
@@ -450,7 +453,7 @@ class Stage(nn.Module):
             return False
         blocks: list[Any] = list(self.blocks)
         plain = all(_plain(block, Block) and _passes(block.drop_path) for block in blocks)
-        return plain and len(blocks) > 0 and infers(blocks[0].backend, x)
+        return plain and len(blocks) > 0 and bool(infers(blocks[0].backend, x))
 
     def _joined(self, x: Tensor) -> Tensor:
         """The blocks, each sum in one pass with the norm that reads it."""

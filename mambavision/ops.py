@@ -53,7 +53,7 @@ from .torch_backend import work_dtype
 
 __all__ = [
     "add_layer_norm", "attention", "conv1d_silu", "infers", "mixer", "norm_act", "selective_scan",
-    "selective_scan_fn", "stem_conv", "stem_conv_serves",
+    "selective_scan_fn", "stem_conv",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "torch")
@@ -557,18 +557,25 @@ def mixer(
 # The operators of inference
 
 
-def infers(backend: str, *tensors: Tensor | None) -> bool:
-    """Whether the kernels of inference run: on tensors that are computed with at once, without
-    autocast, of which none has to be differentiated, and that Triton serves."""
+@cache
+def _inference_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    like = torch.empty(0, dtype=dtype, device=device)
+    return _module("triton") if _choose("infers", backend, 1, like) == "triton" else None
+
+
+def infers(backend: str, *tensors: Tensor | None) -> Any:
+    """The kernels of inference where they serve, None elsewhere: tensors that are computed with at
+    once, without autocast, none of which has to be differentiated, the first one of a device and
+    dtype that Triton takes."""
     x = tensors[0]
     assert x is not None
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
-        return False
+        return None
     if _traced(x) or torch.is_autocast_enabled(x.device.type):
-        return False
+        return None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return False
-    return _choose("infers", backend, 1, *tensors) == "triton"
+        return None
+    return _inference_kernels(backend, x.device, x.dtype)
 
 
 def attention(qkv: Tensor, num_heads: int, *, backend: str = "auto") -> Tensor:
@@ -586,10 +593,9 @@ def attention(qkv: Tensor, num_heads: int, *, backend: str = "auto") -> Tensor:
     torch.Size([2, 49, 320])
     """
     check_attention(qkv, num_heads)
-    if infers(backend, qkv):
-        kernels = _module("triton")
-        if kernels.attention_serves(qkv, num_heads):
-            return kernels.attention(qkv, num_heads)
+    kernels = infers(backend, qkv)
+    if kernels and kernels.attention_serves(qkv, num_heads):
+        return kernels.attention(qkv, num_heads)
     return torch_backend.attention(qkv, num_heads)
 
 
@@ -613,7 +619,7 @@ def add_layer_norm(
     (True, torch.Size([2, 49, 320]))
     """
     check_add_layer_norm(x, y, gamma, weight, bias)
-    module = _module("triton") if infers(backend, x, y, gamma, weight, bias) else torch_backend
+    module = infers(backend, x, y, gamma, weight, bias) or torch_backend
     return module.add_layer_norm(x, y, gamma, weight, bias, eps)
 
 
@@ -639,15 +645,10 @@ def norm_act(
     """
     check_norm_act(x, bias, norm, act, gamma, residual)
     statistics = () if norm is None else norm[:4]
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    if channels_last and infers(backend, x, bias, *statistics, gamma, residual):
-        return _module("triton").norm_act(x, bias, norm, act, gamma, residual)
+    kernels = infers(backend, x, bias, *statistics, gamma, residual)
+    if kernels and x.is_contiguous(memory_format=torch.channels_last):
+        return kernels.norm_act(x, bias, norm, act, gamma, residual)
     return torch_backend.norm_act(x, bias, norm, act, gamma, residual)
-
-
-def stem_conv_serves(backend: str, x: Tensor, W: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether `stem_conv` has a kernel for this call, and `infers`."""
-    return infers(backend, x, W, *tensors) and bool(_module("triton").stem_conv_serves(x, W))
 
 
 def stem_conv(
@@ -670,6 +671,7 @@ def stem_conv(
     """
     check_stem_conv(x, W, bias, norm)
     statistics = () if norm is None else norm[:4]
-    if stem_conv_serves(backend, x, W, bias, *statistics):
-        return _module("triton").stem_conv(x, W, bias, norm)
+    kernels = infers(backend, x, W, bias, *statistics)
+    if kernels and kernels.stem_conv_serves(x, W):
+        return kernels.stem_conv(x, W, bias, norm)
     return torch_backend.stem_conv(x, W, bias, norm)
