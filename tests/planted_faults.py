@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCAN, CONV, MIXER = "selective_scan", "conv1d_silu", "mixer"
 DEVICE, REGISTERS = "_device", "_registers"
+ATTENTION, LAYER_NORM, NORM_ACT, STEM = "attention", "add_layer_norm", "norm_act", "stem_conv"
 
 
 @dataclass(frozen=True)
@@ -301,6 +302,55 @@ FAULTS = [
     Fault(
         "dy taken for dz", MIXER, "dyz_ptr + dim, stride_dyzl", "dyz_ptr, stride_dyzl",
         "mixer.py::test_float32[published]", "dxz",
+    ),
+    Fault(
+        "keys behind the end of a window", ATTENTION, "offs_n < seqlen", "offs_n <= seqlen",
+        "attention.py::test_against_the_reference[half-length-49]", "y",
+    ),
+    Fault(
+        "logits not scaled", ATTENTION, "* head_dim**-0.5", "* head_dim**0",
+        "attention.py::test_against_the_reference[half-head-40]", "y",
+    ),
+    Fault(
+        "the same rows of q in every block", ATTENTION, "l0 + BLOCK_L, seqlen", "0, seqlen",
+        "attention.py::test_against_the_reference[half-length-129]", "y",
+    ),
+    Fault(
+        "layer scale of the residual sum forgotten", LAYER_NORM,
+        "if gamma_ptr is not None:", "if weight_ptr is None:",
+        "add_layer_norm.py::test_against_the_reference[single-layer-scale]", "s",
+    ),
+    Fault(
+        "variance over padded channels", LAYER_NORM,
+        "var = tl.sum(centred * centred, 1, keep_dims=True) / dim",
+        "var = tl.sum(centred * centred, 1, keep_dims=True) / BLOCK_D",
+        "add_layer_norm.py::test_against_the_reference[single-norm-alone]", "n",
+    ),
+    Fault(
+        "eps forgotten", NORM_ACT, "mask_d, 0.0) + eps)", "mask_d, 0.0) + 0.0 * eps)",
+        "norm_act.py::test_against_the_reference[single-norm-alone]", "y",
+    ),
+    Fault(
+        "bias not normed", NORM_ACT,
+        "add = (add - load_row(mean_ptr, offs_d, mask_d, 0.0)) * factor",
+        "add = add - load_row(mean_ptr, offs_d, mask_d, 0.0) * factor",
+        "norm_act.py::test_against_the_reference[single-everything]", "y",
+    ),
+    Fault(
+        "residual of another layout", NORM_ACT,
+        "residual = residual.contiguous(memory_format=torch.channels_last)",
+        "residual = residual.contiguous()",
+        "norm_act.py::test_residual_of_another_layout", "Tensor-likes are not close",
+    ),
+    Fault(
+        "image not padded above", STEM, "(h >= 0) & ", "",
+        "stem_conv.py::test_against_the_reference[half-surrounded-by-nan]", "y",
+    ),
+    Fault(
+        "bias added behind the norm", STEM,
+        "y = (y - load_row(mean_ptr, offs_d, mask_d, 0.0)) * factor",
+        "y = y * factor - load_row(mean_ptr, offs_d, mask_d, 0.0)",
+        "stem_conv.py::test_against_the_reference[half-everything]", "y",
     ),
 ]  # fmt: skip
 
