@@ -129,6 +129,7 @@ class Case:
     dt_rank: int = 20
     dtype: str = "float16"
     batch: int = 128
+    shared: int = 0  # bytes of shared memory without which it is not launched
 
     def tensor(self, *shape, dtype: str | None = None) -> torch.Tensor:
         return torch.empty(*shape, dtype=getattr(torch, dtype or self.dtype))
@@ -183,9 +184,12 @@ def call_mixer(case: Case) -> None:
     op.mixer_bwd(torch.empty_like(yz), *inputs, dt_low, BC, states)
 
 
-def call_attention(case: Case) -> None:
-    heads = 16 if case.seqlen == 49 else 8
-    import_module("mambavision.kernels.attention").attention(case.sequence(3 * case.dim), heads)
+def attention_case(dim: int, seqlen: int, dtype: str) -> Case:
+    op, heads = import_module("mambavision.kernels.attention"), 16 if seqlen == 49 else 8
+    return Case(
+        "attention", lambda case: op.attention(case.sequence(3 * dim), heads),
+        dim=dim, seqlen=seqlen, dtype=dtype, shared=op.shared_bytes(seqlen, dim // heads),
+    )  # fmt: skip
 
 
 def call_add_layer_norm(case: Case) -> None:
@@ -229,12 +233,11 @@ def shipped_cases() -> list[Case]:
                 Case("mixer", call_mixer, **shape),
             ]
         # Of the same models: tokens' widths, and those of maps
-        cases += [
-            Case(op, call, dim=2 * dim, seqlen=seqlen, dtype=dtype)
-            for dim, seqlen, _ in SHAPES
-            for op, call in (("attention", call_attention), ("add_layer_norm", call_add_layer_norm))
-            if op != "attention" or dtype != "float32"
-        ]
+        for dim, seqlen, _ in SHAPES:
+            shape = {"dim": 2 * dim, "seqlen": seqlen, "dtype": dtype}
+            cases.append(Case("add_layer_norm", call_add_layer_norm, **shape))
+            if dtype != "float32":
+                cases.append(attention_case(**shape))
         cases += [
             Case("norm_act", call_norm_act, dim=dim, seqlen=784, dtype=dtype)
             for dim in (32, 80, 160, 196, 392)

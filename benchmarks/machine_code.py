@@ -111,7 +111,8 @@ def narrow_offsets(ttir: str, block_sizes: list[int]) -> list[str]:
 
     A program id must be widened before it meets a pointer or any factor but a block size, which
     only counts rows or channels: with more than 2^31 elements `program_id * stride` wraps around,
-    silently. A loop counter stays within one sequence and may meet constants as it is.
+    silently. A loop counter stays within one sequence and may meet constants as it is, and so may
+    the remainder of a division, which stays below the divisor.
     """
     constant = r"(%\w+) = arith\.constant (?:dense<)?(-?\d+)>? : (?:tensor<[\dx]*x)?i32"
     constants = dict(re.findall(constant, ttir))
@@ -134,6 +135,9 @@ def narrow_offsets(ttir: str, block_sizes: list[int]) -> list[str]:
         counters.discard(result)
         if op == "tt.get_program_id":
             ids.add(result)
+            continue
+        if op == "arith.remsi" and operands & (ids | counters):
+            counters.add(result)
             continue
         derived = ids if ids & operands else counters
         if not derived & operands or op in ("arith.extsi", "arith.cmpi"):

@@ -259,7 +259,8 @@ def variants(
         for launch in launches:
             launch = launch.with_overrides(overrides or {})
             for target in targets:
-                rows[case, launch.key, target] = Variant(case, launch, target)
+                if case.shared <= MACHINES[target].shared - MACHINES[target].reserved:
+                    rows[case, launch.key, target] = Variant(case, launch, target)
     return list(rows.values())
 
 

@@ -76,6 +76,11 @@ def add_layer_norm(x, y, gamma, weight, bias, eps):
             n,
             rows, eps, dim,
         )  # fmt: skip
-        options = {"BLOCK_L": block_l, "BLOCK_D": block_d, "num_warps": max(1, block_d // 2048)}
+        options = {
+            "BLOCK_L": block_l,
+            "BLOCK_D": block_d,
+            "num_warps": max(1, block_d // 2048),
+            "enable_fp_fusion": True,
+        }
         dev.launch(_add_layer_norm_kernel, (triton.cdiv(rows, block_l),), args, options)
     return s, n

@@ -14,6 +14,9 @@ rearranges q, k, v or y.
 Source: Vaswani et al., arXiv 1706.03762.
 """
 
+import math
+from functools import cache
+
 import triton
 import triton.language as tl
 
@@ -73,12 +76,40 @@ def _attention_kernel(
         dev.store(y_ptr + offs_l * dim + offs_d, y, (offs_l < seqlen) & (offs_d < head_dim))
 
 
+def _tiles(seqlen, head_dim):
+    """BLOCK_N and BLOCK_D."""
+    return tuple(max(SMALLEST, triton.next_power_of_2(n)) for n in (seqlen, head_dim))
+
+
+def shared_bytes(seqlen, head_dim):
+    """What a program takes of shared memory at most: k and v, and BLOCK_L rows of q or, on their
+    way to the second product, of probabilities; 64 for barriers."""
+    block_n, block_d = _tiles(seqlen, head_dim)
+    return 2 * (2 * block_n * block_d + BLOCK_L * max(block_n, block_d)) + 64
+
+
+@cache
+def _shared_memory(device):
+    """Of a program, at most; nothing limits an interpreted one."""
+    if device.type != "cuda":
+        return math.inf
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+@cache
+def _holds(device, itemsize, seqlen, head_dim):
+    if itemsize != 2 or seqlen > MAX_SEQLEN or head_dim > MAX_HEAD_DIM:
+        return False
+    return shared_bytes(seqlen, head_dim) <= _shared_memory(device)
+
+
 def attention_serves(qkv, num_heads):
-    """Whether a program can hold such a window. float32 has no tensor cores here (TF32 is off), and
-    its tiles are more than registers hold."""
+    """Whether a program can hold such a window: heads of up to 64 channels on every NVIDIA GPU
+    since sm_80, of up to 128 where a program may have 161 KiB of shared memory (sm_80, sm_90,
+    sm_100). float32 has no tensor cores here (TF32 is off), and its tiles are more than registers
+    hold."""
     _, seqlen, width = qkv.shape
-    fits = seqlen <= MAX_SEQLEN and width // (3 * num_heads) <= MAX_HEAD_DIM
-    return fits and qkv.element_size() == 2
+    return _holds(qkv.device, qkv.element_size(), seqlen, width // (3 * num_heads))
 
 
 def attention(qkv, num_heads):
@@ -91,13 +122,15 @@ def attention(qkv, num_heads):
     dim, head_dim = width // 3, width // (3 * num_heads)
     y = qkv.new_empty(batch, seqlen, dim)
     if batch:
+        block_n, block_d = _tiles(seqlen, head_dim)
         args = (qkv, y, 1.4426950408889634 * head_dim**-0.5, seqlen, dim, head_dim)
         options = {
             "BLOCK_L": BLOCK_L,
-            "BLOCK_N": max(SMALLEST, triton.next_power_of_2(seqlen)),
-            "BLOCK_D": max(SMALLEST, triton.next_power_of_2(head_dim)),
+            "BLOCK_N": block_n,
+            "BLOCK_D": block_d,
             "num_warps": WARPS,
             "num_stages": 1,
+            "enable_fp_fusion": True,
         }
         dev.launch(_attention_kernel, (batch * num_heads,), args, options)
     return y

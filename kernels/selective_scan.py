@@ -665,13 +665,15 @@ def _sums_kernel(
 def _by_step(B, seqlen):
     """B or C as the kernels read it, its strides over seqlen and groups, the number of groups.
     Rows at other than one distance from the first to the last of all batch entries are copied."""
-    if B.dim() == 2:
+    strides = B.stride()
+    if len(strides) == 2:
         return B.contiguous(), (0, 0), 1
-    if B.stride(-1) != 1 or B.stride(0) != seqlen * B.stride(1):
+    if strides[-1] != 1 or strides[0] != seqlen * strides[1]:
         B = B.contiguous()
-    if B.dim() == 3:
-        return B, (B.stride(1), 0), 1
-    return B, B.stride()[1:3], B.shape[2]
+        strides = B.stride()
+    if len(strides) == 3:
+        return B, (strides[1], 0), 1
+    return B, strides[1:3], B.shape[2]
 
 
 @cache

@@ -42,7 +42,7 @@ def _stem_conv_kernel(
     batch, height, width, eps, in_chans: tl.constexpr, dim: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # Divisions of 64 bits are subroutines; the launcher keeps to 2^31 pixels
+    # Divisions of 64 bits are subroutines; below 2^31 pixels 32 bits do
     pixel = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
     row = pixel // out_width
@@ -54,8 +54,10 @@ def _stem_conv_kernel(
     inside = (b < batch) & (offs_k < 9 * in_chans)
     inside = inside & (h >= 0) & (h < height) & (w >= 0) & (w < width)
     # A pixel's own place and, the same for all of them, that of what it reads
-    at = b.to(tl.int64) * stride_xb + ((2 * i - 1) * stride_xh + (2 * j - 1) * stride_xw)
-    around = down * stride_xh + right * stride_xw + offs_k % in_chans * stride_xc
+    at = b.to(tl.int64) * stride_xb
+    at += (2 * i - 1).to(tl.int64) * stride_xh + (2 * j - 1).to(tl.int64) * stride_xw
+    c = (offs_k % in_chans).to(tl.int64)
+    around = c * stride_xc + down.to(tl.int64) * stride_xh + right.to(tl.int64) * stride_xw
     x = tl.load(x_ptr + at + around, mask=inside, other=0.0)
 
     offs_k = tl.arange(0, BLOCK_K)[:, None]
@@ -105,6 +107,7 @@ def stem_conv(x, W, bias, norm):
             "BLOCK_K": max(16, triton.next_power_of_2(9 * in_chans)),
             "BLOCK_D": max(16, triton.next_power_of_2(dim)),
             "num_warps": WARPS,
+            "enable_fp_fusion": True,
         }
         programs = triton.cdiv(batch * out_height * out_width, BLOCK_L)
         dev.launch(_stem_conv_kernel, (programs,), args, options)

@@ -156,8 +156,8 @@ def _traced(x: Tensor) -> bool:
     """Whether operators are being recorded, or run without values, instead of computed."""
     return (
         torch.compiler.is_compiling()
-        or x.is_meta
         or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.is_meta
         or is_in_torch_dispatch_mode()
     )
 
@@ -569,9 +569,9 @@ def infers(backend: str, *tensors: Tensor | None) -> Any:
     dtype that Triton takes."""
     x = tensors[0]
     assert x is not None
-    if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
+    if backend == "torch" or _traced(x):
         return None
-    if _traced(x) or torch.is_autocast_enabled(x.device.type):
+    if (backend == "auto" and x.device.type != "cuda") or torch.is_autocast_enabled(x.device.type):
         return None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return None

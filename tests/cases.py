@@ -263,15 +263,15 @@ def scan_results(op, tensors, flags, dy, dlast_state):
     return {"y": y, "last_state": last_state} | {f"d{k}": v.grad for k, v in leaves.items()}
 
 
-def _double(x):
+def in_double(x):
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def scan_oracle(tensors, flags, dy, dlast_state, double=False):
     """The same by the reference, in the tensors' own dtypes or in float64."""
     if double:
-        tensors = {name: _double(x) for name, x in tensors.items()}
-        dy, dlast_state = _double(dy), _double(dlast_state)
+        tensors = {name: in_double(x) for name, x in tensors.items()}
+        dy, dlast_state = in_double(dy), in_double(dlast_state)
     y, last_state = reference.selective_scan(**tensors, **flags, return_last_state=True)
     grads = reference.selective_scan_backward(dy, **tensors, **flags, dlast_state=dlast_state)
     found = {name: grad for name, grad in grads._asdict().items() if grad is not None}
@@ -368,8 +368,8 @@ def results(op, tensors, grad, **flags):
 def oracle(name, tensors, grad, double=False, **flags):
     """The same by the reference's op and hand-written backward of that name."""
     if double:
-        tensors = {key: _double(x) for key, x in tensors.items()}
-        grad = _double(grad)
+        tensors = {key: in_double(x) for key, x in tensors.items()}
+        grad = in_double(grad)
     out = getattr(reference, name)(**tensors, **flags)
     grads = getattr(reference, f"{name}_backward")(grad, **tensors, **flags)
     found = {key: value for key, value in grads._asdict().items() if value is not None}
@@ -388,7 +388,7 @@ def assert_close(found, oracle, exact, inner=None, tolerances=TOLERANCES):
         finite = torch.isfinite(own)
         same = torch.equal(torch.isfinite(value), finite)
         assert same, f"{name} is not finite exactly where the reference is"
-        value, own, wanted = (_double(x.detach())[finite] for x in (value, own, wanted))
+        value, own, wanted = (in_double(x.detach())[finite] for x in (value, own, wanted))
         if wanted.numel() == 0:
             continue
         scale = _largest(wanted)

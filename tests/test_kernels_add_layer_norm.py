@@ -10,9 +10,9 @@ from cases import (
     INTERPRETED,
     SINGLE,
     TOLERANCES,
-    _double,
     assert_close,
     ids,
+    in_double,
     nan_surrounded,
 )
 
@@ -84,7 +84,7 @@ def check(op, case, dtype, device, tolerances):
     tensors = norm_inputs(case, dtype, device)
     found = named(op(**tensors, eps=EPS))
     own = named(reference.add_layer_norm(**tensors, eps=EPS))
-    exact = {k: None if x is None else _double(x) for k, x in tensors.items()}
+    exact = {k: None if x is None else in_double(x) for k, x in tensors.items()}
     exact = named(reference.add_layer_norm(**exact, eps=EPS))
     assert all(x.dtype == dtype for x in found.values())
     assert_close(found, own, exact, tolerances=tolerances)

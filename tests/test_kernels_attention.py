@@ -1,5 +1,6 @@
 """kernels/attention.py and PyTorch's operation against the reference."""
 
+import importlib
 from dataclasses import dataclass
 
 import pytest
@@ -9,10 +10,9 @@ from cases import (
     HALF,
     SINGLE,
     TOLERANCES,
-    _double,
     assert_close,
     ids,
-    nan_surrounded,
+    in_double,
 )
 
 from mambavision import ops, reference, torch_backend
@@ -48,8 +48,12 @@ def inputs(case, dtype, device):
     dim = case.num_heads * case.head_dim
     qkv = torch.randn(case.batch, case.seqlen, 3 * dim, generator=g)
     qkv[..., : 2 * dim] *= case.scale
-    qkv = qkv.to(device, dtype)
-    return nan_surrounded(qkv) if case.surrounded else qkv
+    if case.surrounded:
+        # Windows between windows of NaN, in one piece: reading behind the last row shows
+        around = torch.full((case.batch + 2, case.seqlen, 3 * dim), torch.nan)
+        around[1:-1] = qkv
+        return around.to(device, dtype)[1:-1]
+    return qkv.to(device, dtype)
 
 
 def check(op, case, dtype, device, tolerances):
@@ -57,7 +61,7 @@ def check(op, case, dtype, device, tolerances):
     found = op(qkv, case.num_heads)
     assert found.dtype == dtype
     own = reference.attention(qkv, case.num_heads)
-    exact = reference.attention(_double(qkv), case.num_heads)
+    exact = reference.attention(in_double(qkv), case.num_heads)
     assert_close({"y": found}, {"y": own}, {"y": exact}, tolerances=tolerances)
 
 
@@ -68,6 +72,19 @@ def test_against_the_reference(case, dtype):
     if dtype == BRAIN and DEVICE == "cpu":
         pytest.skip("Triton's interpreter multiplies bfloat16 matrices wrongly")
     check(kernels.attention, case, dtype, DEVICE, {dtype: 2 * TOLERANCES[dtype]})
+
+
+@pytest.mark.parametrize("part", "qkv")
+def test_a_head_sees_no_other(part):
+    """Its channels end within a tile; those of the head behind it are NaN."""
+    case = AttentionCase("", 20, 12, num_heads=3)
+    qkv = inputs(case, HALF, DEVICE)
+    wanted = kernels.attention(qkv, 3).view(2, 20, 3, 12)
+    qkv.view(2, 20, 3, 3, 12)[:, :, "qkv".index(part), 1] = torch.nan
+    y = kernels.attention(qkv, 3).view(2, 20, 3, 12)
+    assert y[:, :, 1].isnan().any()
+    for head in (0, 2):
+        torch.testing.assert_close(y[:, :, head], wanted[:, :, head], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
@@ -89,6 +106,20 @@ def test_what_a_program_cannot_hold_is_the_librarys(seqlen, head_dim, dtype, mon
     qkv = torch.randn(1, seqlen, 3 * head_dim, device=DEVICE).to(dtype)
     y = ops.attention(qkv, 1, backend="triton")
     torch.testing.assert_close(y, torch_backend.attention(qkv, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("limit,head_dim", ((99, 64), (163, 128), (227, 128)), ids=str)
+def test_what_a_programs_shared_memory_holds(limit, head_dim, monkeypatch):
+    """KiB of sm_86, sm_80, sm_90, and the widest heads of 196 tokens that they hold."""
+    module = importlib.import_module("mambavision.kernels.attention")
+    monkeypatch.setattr(module, "_shared_memory", lambda _: 1024 * limit)
+    module._holds.cache_clear()
+    served = [
+        d for d in range(1, 257)
+        if kernels.attention_serves(torch.empty(1, 196, 3 * d, device=DEVICE, dtype=HALF), 1)
+    ]  # fmt: skip
+    module._holds.cache_clear()
+    assert served == list(range(1, head_dim + 1))
 
 
 def test_gradients_are_the_librarys():

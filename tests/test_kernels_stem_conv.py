@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import BRAIN, HALF, SINGLE, TOLERANCES, _double, assert_close, ids
+from cases import BRAIN, HALF, SINGLE, TOLERANCES, assert_close, ids, in_double
 
 from mambavision import ops, reference, torch_backend
 
@@ -72,7 +72,7 @@ def inputs(case, dtype, device):
 def double(value):
     if isinstance(value, tuple):
         return tuple(map(double, value))
-    return _double(value) if isinstance(value, torch.Tensor) else value
+    return in_double(value) if isinstance(value, torch.Tensor) else value
 
 
 def check(op, case, dtype, device):

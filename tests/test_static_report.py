@@ -15,6 +15,8 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+from mambavision.kernels.attention import shared_bytes  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "benchmarks" / "static_report.py"
 PROBES = ROOT / "tests" / "static_probes.py"
@@ -35,6 +37,8 @@ BEST_FORWARD = 70  # of all widths, with float32 B and C
 FORWARD_SHUFFLES, BACKWARD_SHUFFLES = {1: 0, 2: 3}, 13
 # Bytes per program: what every supported GPU has without asking for more.
 SHARED = 48 * 1024
+# Of tokens 320 wide; the others are those of maps
+OPS = {"selective_scan", "conv1d_silu", "mixer", "attention", "add_layer_norm"}
 
 budgets = pytest.mark.skipif(
     triton.__version__ != BUDGET_VERSION,
@@ -71,7 +75,10 @@ def broken_rules(rows: list[dict]) -> list[str]:
     for row in rows:
         if row["spills"]:
             broken.append(f"spills {row['spills']} bytes: {name(row)}")
-        if row["shared"] > SHARED:
+        # Where less can be had than `shared_bytes` says, attention is the library's
+        attends = row["op"] == "attention"
+        held = shared_bytes(row["seqlen"], row["constants"]["BLOCK_D"]) if attends else SHARED
+        if row["shared"] > held:
             broken.append(f"{row['shared']} bytes of shared memory: {name(row)}")
         if row["options"].get("enable_fp_fusion") is not True:
             broken.append(f"floating-point fusion not requested: {name(row)}")
@@ -161,7 +168,7 @@ def test_budgets_of_one_width(tmp_path):
     rows = report(tmp_path / "r.json", "--target", "sm_90", "--dtype", "float16", "--dim", "320")[
         "rows"
     ]
-    assert {row["op"] for row in rows} == {"selective_scan", "conv1d_silu", "mixer"}
+    assert {row["op"] for row in rows} == OPS
     budgeted = [row for row in rows if allowed_slots(row) is not None]
     assert {(row["op"], row["kernel"][:8]) for row in budgeted} >= {
         ("mixer", "scan_fwd"), ("mixer", "scan_bwd"), ("selective_scan", "scan_fwd")
@@ -214,7 +221,7 @@ def test_another_triton_compiles_the_kernels(version, tmp_path):
         env = {"PYTHONPATH": site, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
         document = report(tmp_path / "r.json", *args, **env)
     assert document["triton"] == version
-    assert {row["op"] for row in document["rows"]} == {"selective_scan", "conv1d_silu", "mixer"}
+    assert {row["op"] for row in document["rows"]} == OPS
 
 
 @pytest.mark.parametrize(
