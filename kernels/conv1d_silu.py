@@ -160,21 +160,20 @@ def _conv1d_silu_fwd_kernel(
 def convolve_bwd(
     dy_ptr, stride_dyl: tl.constexpr,  # (batch, seqlen, dim)
     x_ptr, stride_xl: tl.constexpr,  # (batch, seqlen, dim)
-    weight_ptr,  # (dim, width)
-    bias_ptr,  # (dim,) or None
+    taps, bias,
     dx_ptr, stride_dxl: tl.constexpr,  # (batch, seqlen, dim)
-    sums_ptr,  # (dim, columns), of this program
-    first, count, offs_d, mask_d,
-    batch, seqlen, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr,
+    sums_ptr,  # (dim, COLUMNS), of this program
+    first, count, offs_d, mask_d, batch, seqlen,
+    ACTIVATION: tl.constexpr, DBIAS: tl.constexpr, COLUMNS: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx of `count` blocks of runs from `first` on, and their sums: dweight, then dbias where there
-    is a bias."""
+    """dx of `count` blocks of runs from `first` on, and their sums: dweight, then dbias if asked
+    for."""
+    WIDTH: tl.constexpr = len(taps)
     left: tl.constexpr = (WIDTH - 1) // 2
     right: tl.constexpr = WIDTH - 1 - left
-    taps, bias = load_taps(weight_ptr, bias_ptr, offs_d, mask_d, WIDTH)
     sums = ()
-    for _ in tl.static_range(WIDTH + (bias_ptr is not None)):
+    for _ in tl.static_range(WIDTH + DBIAS):
         sums = sums + (tl.zeros((BLOCK_L, BLOCK_D), tl.float32),)
     for block in range(first, first + count):
         row, t, mask_l = runs_of(block, batch, seqlen, BLOCK_L, STEPS)
@@ -196,7 +195,7 @@ def convolve_bwd(
                 new = ()
                 for k in tl.static_range(WIDTH):
                     new = new + (sums[k] + da * xs[j + k].to(tl.float32),)
-                if bias_ptr is not None:
+                if DBIAS:
                     new = new + (sums[WIDTH] + da,)
                 sums = new
             if j >= WIDTH - 1:
@@ -225,11 +224,12 @@ def _conv1d_silu_bwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     blocks_d = tl.cdiv(dim, BLOCK_D)
     offs_d, mask_d = channels_of(pid % blocks_d, dim, BLOCK_D)
+    taps, bias = load_taps(weight_ptr, bias_ptr, offs_d, mask_d, WIDTH)
     columns: tl.constexpr = WIDTH if bias_ptr is None else WIDTH + 1
     convolve_bwd(
-        dy_ptr, stride_dyl, x_ptr, stride_xl, weight_ptr, bias_ptr, dx_ptr, stride_dxl,
+        dy_ptr, stride_dyl, x_ptr, stride_xl, taps, bias, dx_ptr, stride_dxl,
         sums_ptr + pid // blocks_d * dim * columns, pid // blocks_d * count, count, offs_d, mask_d,
-        batch, seqlen, WIDTH, ACTIVATION, columns, STEPS, BLOCK_L, BLOCK_D,
+        batch, seqlen, ACTIVATION, bias_ptr is not None, columns, STEPS, BLOCK_L, BLOCK_D,
     )  # fmt: skip
 
 

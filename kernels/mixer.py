@@ -106,7 +106,7 @@ def _project_kernel(
     dt_low_ptr, stride_dtl: tl.constexpr,  # (batch, seqlen, dt_rank) or None
     BC_ptr,  # (batch, seqlen, 2 dstate) or None
     batch, seqlen, dim: tl.constexpr, dt_rank: tl.constexpr, dstate: tl.constexpr,
-    WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr, Z_STEPS: tl.constexpr, Z_BLOCK_L: tl.constexpr,
+    WIDTH: tl.constexpr, Z_STEPS: tl.constexpr, Z_BLOCK_L: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -122,19 +122,17 @@ def _project_kernel(
         BC = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
         W_BC_ptr = x_proj_weight_ptr + dt_rank * dim
         mask = mask_l & (offs_d < dim)
-        ahead = load_neighbours(xz_ptr, stride_xzl, row, t, mask, offs_d, seqlen, WIDTH_X)
+        ahead = load_neighbours(xz_ptr, stride_xzl, row, t, mask, offs_d, seqlen, WIDTH)
         for d in range(0, dim, BLOCK_D):
             xs, mask_d = ahead, d + offs_d < dim
             # The next block is on its way while this one is computed
             mask = mask_l & (d + offs_d < dim - BLOCK_D)
             ahead = load_neighbours(
-                xz_ptr + BLOCK_D + d, stride_xzl, row, t, mask, offs_d, seqlen, WIDTH_X
+                xz_ptr + BLOCK_D + d, stride_xzl, row, t, mask, offs_d, seqlen, WIDTH
             )
             W_low = load_matrix(x_proj_weight_ptr, 1, dim, d + offs_k, dim, offs_r, dt_rank)
             W_BC = load_matrix(W_BC_ptr, 1, dim, d + offs_k, dim, offs_n, 2 * dstate)
-            taps, bias = load_taps(
-                conv_x_weight_ptr, conv_x_bias_ptr, d + offs_d, mask_d, WIDTH_X
-            )
+            taps, bias = load_taps(conv_x_weight_ptr, conv_x_bias_ptr, d + offs_d, mask_d, WIDTH)
             x = dev.silu(convolve(xs, 0, taps, bias)).to(dtype)
             tl.store(x_ptr + (row * stride_xl + offs_d) + d, x, mask=mask_l & mask_d)
             # "ieee": Triton's default for float32 is TF32, three digits
@@ -158,7 +156,7 @@ def _project_kernel(
             offs_z = (pid - blocks) % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             convolve_fwd(
                 xz_ptr + dim, stride_xzl, conv_z_weight_ptr, conv_z_bias_ptr, x_ptr + dim,
-                stride_xl, (pid - blocks) // blocks_d, offs_z, offs_z < dim, batch, seqlen, WIDTH_Z,
+                stride_xl, (pid - blocks) // blocks_d, offs_z, offs_z < dim, batch, seqlen, WIDTH,
                 True, Z_STEPS, Z_BLOCK_L,
             )  # fmt: skip
 
@@ -235,28 +233,30 @@ def _convolve_bwd_kernel(
     conv_z_weight_ptr,  # (dim, width)
     conv_z_bias_ptr,  # (dim,) or None
     dxz_ptr,  # (batch, seqlen, 2 dim)
-    sums_ptr,  # (programs over rows, 2, dim, COLUMNS)
-    batch, seqlen, count, dim: tl.constexpr, WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr,
-    COLUMNS: tl.constexpr, STEPS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    sums_ptr,  # (programs over rows, 2, dim, WIDTH + 1)
+    batch, seqlen, count, dim: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     blocks_d = tl.cdiv(dim, BLOCK_D)
     offs_d = pid % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    mask_d = offs_d < dim
     half = pid // blocks_d
-    first = half // 2 * count
-    sums_ptr += half * dim * COLUMNS
-    if half % 2 == 0:
-        convolve_bwd(
-            dx_ptr, dim, xz_ptr, stride_xzl, conv_x_weight_ptr, conv_x_bias_ptr,
-            dxz_ptr, 2 * dim, sums_ptr, first, count, offs_d, offs_d < dim,
-            batch, seqlen, WIDTH_X, True, COLUMNS, STEPS, BLOCK_L, BLOCK_D,
-        )  # fmt: skip
-    else:
-        convolve_bwd(
-            dyz_ptr + dim, stride_dyzl, xz_ptr + dim, stride_xzl, conv_z_weight_ptr,
-            conv_z_bias_ptr, dxz_ptr + dim, 2 * dim, sums_ptr, first, count, offs_d, offs_d < dim,
-            batch, seqlen, WIDTH_Z, True, COLUMNS, STEPS, BLOCK_L, BLOCK_D,
-        )  # fmt: skip
+    # x and z take the same way: two in one kernel take twice as long to compile
+    of_z = half % 2
+    taps_x, bias_x = load_taps(conv_x_weight_ptr, conv_x_bias_ptr, offs_d, mask_d, WIDTH)
+    taps_z, bias_z = load_taps(conv_z_weight_ptr, conv_z_bias_ptr, offs_d, mask_d, WIDTH)
+    taps = ()
+    for k in tl.static_range(WIDTH):
+        taps = taps + (tl.where(of_z == 1, taps_z[k], taps_x[k]),)
+    convolve_bwd(
+        tl.where(of_z == 1, dyz_ptr + dim, dx_ptr), tl.where(of_z == 1, stride_dyzl, dim),
+        xz_ptr + of_z * dim, stride_xzl, taps, tl.where(of_z == 1, bias_z, bias_x),
+        dxz_ptr + of_z * dim, 2 * dim, sums_ptr + half * dim * (WIDTH + 1), half // 2 * count,
+        count, offs_d, mask_d, batch, seqlen, True,
+        conv_x_bias_ptr is not None or conv_z_bias_ptr is not None, WIDTH + 1,
+        STEPS, BLOCK_L, BLOCK_D,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -298,7 +298,7 @@ def _project(
         dt_low, 0 if dt_low is None else dt_low.stride(-2),
         BC,
         batch, seqlen, dim, dt_rank, dstate,
-        conv_x_weight.shape[-1], conv_z_weight.shape[-1] if with_z else 0,
+        conv_x_weight.shape[-1],
     )  # fmt: skip
     dev.launch(_project_kernel, (programs + with_z * z_programs,), args, tile)
 
@@ -340,7 +340,7 @@ def mixer_bwd(
     """(dxz, dconv_x_weight, dconv_z_weight, dx_proj_weight, ddt_proj_weight, dA, dD, ddelta_bias,
     dconv_x_bias, dconv_z_bias), None where an argument is."""
     (batch, seqlen, _), (dim, dt_rank), dstate = xz.shape, dt_proj_weight.shape, A.shape[1]
-    rows, widths = batch * seqlen, (conv_x_weight.shape[-1], conv_z_weight.shape[-1])
+    rows, width = batch * seqlen, conv_x_weight.shape[-1]
     (xz, stride_xzl), (dyz, stride_dyzl) = dev.rows_of(xz), dev.rows_of(dyz)
     x, delta = xz.new_empty(batch, seqlen, dim), xz.new_empty(batch, seqlen, dim)
     low = None if dt_rank % 8 == 0 else _aligned(xz, rows, dt_rank)
@@ -356,7 +356,7 @@ def mixer_bwd(
     dxz = xz.new_empty(batch, seqlen, 2 * dim)
     blocks, blocks_d = blocks_of("bwd", batch, seqlen, dim)
     count, programs = share_out(blocks, 2 * blocks_d)
-    sums = xz.new_empty(programs, 2, dim, max(widths) + 1, dtype=torch.float32)
+    sums = xz.new_empty(programs, 2, dim, width + 1, dtype=torch.float32)
     tiles, _, _, tile = _tile(batch, seqlen, dim, dt_rank, dstate, xz.element_size())
     args = (
         ddelta,
@@ -382,7 +382,7 @@ def mixer_bwd(
             dev.packed(conv_z_bias),
             dxz,
             sums,
-            batch, seqlen, count, dim, *widths, max(widths) + 1,
+            batch, seqlen, count, dim, width,
         )  # fmt: skip
         dev.launch(_convolve_bwd_kernel, (programs * 2 * blocks_d,), args, CONFIGS["bwd"])
     # Autocast casts the arguments of products, except those with an `out`
@@ -398,15 +398,15 @@ def mixer_bwd(
 
     return (
         dxz,
-        shaped(sums_x[:, : widths[0]], conv_x_weight),
-        shaped(sums_z[:, : widths[1]], conv_z_weight),
+        shaped(sums_x[:, :width], conv_x_weight),
+        shaped(sums_z[:, :width], conv_z_weight),
         dev.cast(dx_proj_weight, x_proj_weight),
         dev.cast(ddt_proj_weight, dt_proj_weight),
         dev.cast(dA.view(A.shape), A),
         dev.cast(dD, D),
         dev.cast(ddelta_bias, delta_bias),
-        shaped(sums_x[:, widths[0]], conv_x_bias),
-        shaped(sums_z[:, widths[1]], conv_z_bias),
+        shaped(sums_x[:, width], conv_x_bias),
+        shaped(sums_z[:, width], conv_z_bias),
     )
 
 

@@ -165,7 +165,7 @@ def check_mixer(
     check.size("dim", xz.shape[2] // 2, "xz", xz)
     for name, weight in (("conv_x_weight", conv_x_weight), ("conv_z_weight", conv_z_weight)):
         check.tensor(name, weight, *CONV_WEIGHT)
-        check.not_empty("width", weight.shape[-1], name, weight)
+        check.size("width", weight.shape[-1], name, weight)
     check.tensor("dt_proj_weight", dt_proj_weight, ("dim", "dt_rank"))
     dt_rank = dt_proj_weight.shape[1]
     check.size("dt_rank", dt_rank, "dt_proj_weight", dt_proj_weight)

@@ -259,6 +259,11 @@ FAULTS = [
         "mixer.py::test_float32[published]", "out",
     ),
     Fault(
+        "dz through the weights of x", MIXER,
+        "tl.where(of_z == 1, taps_z[k], taps_x[k])", "taps_x[k]",
+        "mixer.py::test_float32[published]", "dxz",
+    ),
+    Fault(
         "B and C swapped in x_proj", MIXER,
         "delta, A, BC, C, D, None,", "delta, A, C, BC, D, None,",
         "mixer.py::test_float32[published]", "out",

@@ -42,6 +42,15 @@ def test_float32(case):
     check(case)
 
 
+@pytest.mark.parametrize("half", "xz")
+def test_a_bias_of_one_half(half):
+    tensors = mixer_inputs(MixerCase("", bias=True, seqlen=5), device=DEVICE)
+    del tensors[f"conv_{half}_bias"]
+    grad = torch.ones_like(tensors["xz"])
+    own, exact = (oracle("mixer", tensors, grad, double) for double in (False, True))
+    assert_close(results(kernels.mixer, tensors, grad), own, exact)
+
+
 def test_more_states_than_a_block_of_channels():
     """Sums over blocks then load one at a time."""
     check(MixerCase("", batch=2, seqlen=3, dim=12, dstate=40))
