@@ -1,10 +1,12 @@
 """How long the kernels of a model take to compile, on a machine that needs no GPU.
 
-What a warm-up compiles, with nothing in Triton's cache: the calls that the model's mixers make at
-224 pixels, their launches as `launches.py` records them, forward and backward, for a named target.
-They are compiled in threads, as `mambavision.warmup` does it, one thread for each kind of mixer.
+What a warm-up compiles, with nothing in Triton's cache, for images of 224 pixels and a named
+target: the launches of the model's mixers, forward and backward, as `launches.py` records them; or,
+of a model in evaluation mode, those of the mixers forward and of all other parts that have kernels.
+They are compiled in threads, one kind of part after another, as `mambavision.warmup` does it.
 
     python benchmarks/cold_start.py
+    python benchmarks/cold_start.py --inference
     python benchmarks/cold_start.py --model mamba_vision_L --dtype bfloat16 --target sm_80
 """
 
@@ -16,29 +18,36 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import static_report
 import torch
 from launches import DTYPES, Case, Launch, call_mixer, recorded_launches
+from torch.func import functional_call
 
-from mambavision import create_model, list_models
-from mambavision.cold_start import Call, mixer_calls
+from mambavision import blocks, create_model, list_models, ops
+from mambavision.cold_start import Call, inference_calls, mixer_calls
 
 
 @dataclass(frozen=True)
 class ColdStart:
-    """Seconds of each kernel by name and its kind of mixer, and of all of them."""
+    """Seconds of each kernel by name and its kind of part, and of all of them."""
 
     kernels: list[tuple[str, str, float]]
     wall: float
     cpu: float  # of this process and those that it started
 
 
-def launches_of(call: Call, dtype: str) -> list[Launch]:
-    """The different launches of one mixer in `dtype`, forward with and without states, backward."""
+def _different(launches: list[Launch]) -> list[Launch]:
+    return list({launch.key: launch for launch in launches}.values())
+
+
+def mixer_launches(call: Call, dtype: str, inference: bool) -> list[Launch]:
+    """The different launches of one mixer, forward and, in training, backward."""
     batch, seqlen, d_model = call.shape
     mixer = call.module
     case = Case(
@@ -47,13 +56,37 @@ def launches_of(call: Call, dtype: str) -> list[Launch]:
     )  # fmt: skip
     with recorded_launches() as launches:
         case.call(case)
-    return list({launch.key: launch for launch in launches}.values())
+    # The forward pass is the first two
+    return _different(launches[:2] if inference else launches)
 
 
-def cold_start(model: str, dtype: str, batch: int, target: str) -> ColdStart:
+def part_launches(call: Call) -> list[Launch]:
+    """The different launches of another part, in evaluation mode."""
+    kernels = import_module("mambavision.kernels")
+    layout = torch.channels_last if call.channels_last else torch.contiguous_format
+    with (
+        recorded_launches() as launches,
+        # Tensors without memory count as traced ones, and take no kernel by themselves
+        patch.object(ops, "infers", lambda *_: kernels),
+        patch.object(blocks, "infers", lambda *_: kernels),
+        torch.no_grad(),
+    ):
+        held = (*call.module.named_parameters(), *call.module.named_buffers())
+        state = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in held}
+        x = torch.empty(call.shape, dtype=call.dtype).to(memory_format=layout)
+        functional_call(call.module, state, (x,))
+    return _different(launches)
+
+
+def cold_start(model: str, dtype: str, batch: int, target: str, inference: bool) -> ColdStart:
     with torch.device("meta"):
-        made = create_model(model)
-    kinds = {str(call): launches_of(call, dtype) for call in mixer_calls(made, 224, batch)}
+        made = create_model(model).to(getattr(torch, dtype)).train(not inference)
+    kinds = {
+        str(call): mixer_launches(call, dtype, inference) for call in mixer_calls(made, 224, batch)
+    }
+    if inference:
+        made.to(memory_format=torch.channels_last)
+        kinds |= {str(call): part_launches(call) for call in inference_calls(made, 224, batch)}
 
     def compile_kind(kind: str) -> list[tuple[str, str, float]]:
         found = []
@@ -67,7 +100,7 @@ def cold_start(model: str, dtype: str, batch: int, target: str) -> ColdStart:
         return sum(os.times()[:4])
 
     begun, cpu = time.perf_counter(), cpu_seconds()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(kinds)) as threads:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as threads:
         os.environ["TRITON_CACHE_DIR"] = folder
         kernels = [row for rows in threads.map(compile_kind, kinds) for row in rows]
     return ColdStart(
@@ -83,9 +116,10 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--target", choices=static_report.MACHINES, default="sm_90")
+    parser.add_argument("--inference", action="store_true", help="of a model in evaluation mode")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args()
-    found = cold_start(given.model, given.dtype, given.batch, given.target)
+    found = cold_start(given.model, given.dtype, given.batch, given.target, given.inference)
     if given.json:
         print(json.dumps(asdict(found)))
         return 0

@@ -44,10 +44,11 @@ class Call:
     channels_last: bool = False
 
     def __str__(self) -> str:
+        kind = "" if isinstance(self.module, MIXERS) else f"{type(self.module).__name__}: "
         if len(self.shape) != 3:
-            return f"{type(self.module).__name__} {tuple(self.shape)}"
+            return f"{kind}{tuple(self.shape)}"
         batch, seqlen, d_model = self.shape
-        return f"d_model {d_model}, seqlen {seqlen}, batch {batch}"
+        return f"{kind}d_model {d_model}, seqlen {seqlen}, batch {batch}"
 
 
 def _own_dtype(model: nn.Module) -> torch.dtype:

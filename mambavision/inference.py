@@ -349,7 +349,7 @@ def optimize_for_inference(
     `compile` passes stem and stages through torch.compile, anew for each input shape; a string is
     its mode, "max-autotune-no-cudagraphs" the one that tries several ways to multiply, for minutes.
     `cuda_graph` captures one CUDA graph per input shape, for logits, and keeps it with its memory.
-    Both are for a few fixed shapes; together, on a GPU, they are fastest.
+    Both are for a few fixed shapes. On a GPU the graph alone is fastest.
 
     Raises RuntimeError for a model in training mode and for CUDA graphs of a model that is not on a
     CUDA device, ValueError for a mode that torch.compile lacks or that makes CUDA graphs beside

@@ -173,15 +173,31 @@ def test_after_a_warmup_nothing_is_compiled(training):
     assert not compiled
 
 
+MIXERS_FORWARD = {"project_kernel", "scan_fwd_kernel"}
+
+
 @pytest.mark.slow
-def test_kernels_of_a_model_compile_in_time():
-    """At most 20 s on two cores, forward and backward, with nothing cached; as CPU time, which does
-    not depend on what else runs."""
+@pytest.mark.parametrize(
+    "options,names",
+    (
+        ((), MIXERS_FORWARD | {"scan_bwd_kernel", "project_bwd_kernel", "convolve_bwd_kernel"}),
+        (
+            ("--inference",),
+            MIXERS_FORWARD
+            | {"stem_conv_kernel", "norm_act_kernel", "add_layer_norm_kernel", "attention_kernel"},
+        ),
+    ),
+    ids=("training", "inference"),
+)
+def test_kernels_of_a_model_compile_in_time(options, names):
+    """At most 20 s on two cores with nothing cached; as CPU time, which depends less on what else
+    runs."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "cold_start.py"), "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "cold_start.py"), *options, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert len(result["kernels"]) >= 6 and sum(row[2] for row in result["kernels"]) > 2
+    assert {row[0] for row in result["kernels"]} == names
+    assert sum(row[2] for row in result["kernels"]) > 2
     assert result["cpu"] <= 40, result["kernels"]
