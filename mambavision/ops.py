@@ -520,9 +520,9 @@ def mixer(
         dt_low, B, C = split(x x_proj_weight^T, [dt_rank, dstate, dstate])
         yz    = [selective_scan(x, dt_low dt_proj_weight^T, A, B, C, D, delta_bias, softplus), z]
 
-    xz, yz are (batch, seqlen, 2 dim); the convolutions' weights (dim, width) or (dim, 1, width) and
-    biases (dim,); x_proj_weight (dt_rank + 2 dstate, dim); dt_proj_weight (dim, dt_rank);
-    A (dim, dstate), negative; D (dim,); delta_bias (dim,) is all that is added inside the softplus.
+    xz, yz are (batch, seqlen, 2 dim); the convolutions' weights (dim, width) or (dim, 1, width), of
+    one width, and biases (dim,); x_proj_weight (dt_rank + 2 dstate, dim); dt_proj_weight
+    (dim, dt_rank); A (dim, dstate), negative; D (dim,); delta_bias (dim,) is all that is added inside the softplus.
 
     Any float dtypes; yz has xz's. Kept for the backward pass are xz, dt_low, B, C and, by the
     PyTorch backend, a few states.
@@ -585,8 +585,8 @@ def attention(qkv: Tensor, num_heads: int, *, backend: str = "auto") -> Tensor:
     layer gives them; y is (batch, seqlen, dim), columns (head, head_dim).
 
     Any float dtype; y has qkv's. Without gradients Triton serves float16 and bfloat16, seqlen up to
-    256 and head_dim up to 128; everything else is PyTorch's scaled_dot_product_attention. Raises
-    as `selective_scan` does.
+    256 and head_dim up to 128 where the GPU has shared memory for such a window; everything else is
+    PyTorch's scaled_dot_product_attention. Raises as `selective_scan` does.
     Source: Vaswani et al., arXiv 1706.03762.
 
     >>> attention(torch.randn(2, 49, 3 * 320), 8).shape
