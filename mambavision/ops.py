@@ -522,7 +522,8 @@ def mixer(
 
     xz, yz are (batch, seqlen, 2 dim); the convolutions' weights (dim, width) or (dim, 1, width), of
     one width, and biases (dim,); x_proj_weight (dt_rank + 2 dstate, dim); dt_proj_weight
-    (dim, dt_rank); A (dim, dstate), negative; D (dim,); delta_bias (dim,) is all that is added inside the softplus.
+    (dim, dt_rank); A (dim, dstate), negative; D (dim,); delta_bias (dim,) is all that is added
+    inside the softplus.
 
     Any float dtypes; yz has xz's. Kept for the backward pass are xz, dt_low, B, C and, by the
     PyTorch backend, a few states.
