@@ -1,4 +1,4 @@
-"""Triton kernels of the MambaVision mixer: one op, one file, from equation to autograd."""
+"""Triton kernels of MambaVision: one operator, one file, from the equation to the function."""
 
 from .add_layer_norm import add_layer_norm
 from .attention import attention, attention_serves
