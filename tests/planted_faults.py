@@ -305,7 +305,7 @@ FAULTS = [
         "mixer.py::test_float32[published]", "dxz",
     ),
     Fault(
-        "dy taken for dz", MIXER, "dyz_ptr + dim, stride_dyzl", "dyz_ptr, stride_dyzl",
+        "dy taken for dz", MIXER, "dyz_ptr + dim, dx_ptr)", "dyz_ptr, dx_ptr)",
         "mixer.py::test_float32[published]", "dxz",
     ),
     Fault(
