@@ -264,6 +264,11 @@ def scan_results(op, tensors, flags, dy, dlast_state):
 
 
 def in_double(x):
+    """An argument in float64 or complex128: a tensor, a tuple with tensors, or anything else."""
+    if isinstance(x, tuple):
+        return tuple(map(in_double, x))
+    if not isinstance(x, torch.Tensor):
+        return x
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 

@@ -69,18 +69,12 @@ def inputs(case, dtype, device):
     return {"x": x, "W": W, "bias": normal(case.dim) if case.bias else None, "norm": norm}
 
 
-def double(value):
-    if isinstance(value, tuple):
-        return tuple(map(double, value))
-    return in_double(value) if isinstance(value, torch.Tensor) else value
-
-
 def check(op, case, dtype, device):
     arguments = inputs(case, dtype, device)
     found = op(**arguments)
     assert found.dtype == dtype
     own = reference.stem_conv(**arguments)
-    exact = reference.stem_conv(**{name: double(value) for name, value in arguments.items()})
+    exact = reference.stem_conv(**{name: in_double(x) for name, x in arguments.items()})
     assert_close({"y": found}, {"y": own}, {"y": exact}, tolerances=TOLERANCES)
     return found
 

@@ -163,6 +163,25 @@ def test_probes():
     assert scan["resident_warps"] == 32
 
 
+def test_a_remainder_meets_constants_alone():
+    """It stays below the divisor, and the quotient does not."""
+    lines = """
+        %c2 = arith.constant 2 : i32
+        %pid = tt.get_program_id x : i32
+        %j = arith.remsi %pid, %width : i32
+        %i = arith.divsi %pid, %width : i32
+        %right = arith.muli %j, %c2 : i32
+        %at = arith.muli %right, %stride : i32
+        %down = arith.muli %i, %c2 : i32
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", "import sys; from machine_code import narrow_offsets as found; "
+         "print([line.split()[0] for line in found(sys.argv[1], [])])", lines],
+        cwd=REPORT.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == "['%at', '%down']", found.stderr
+
+
 @budgets
 def test_budgets_of_one_width(tmp_path):
     rows = report(tmp_path / "r.json", "--target", "sm_90", "--dtype", "float16", "--dim", "320")[

@@ -27,9 +27,12 @@ print(max(len(keys) for keys in kernels.values()), dict((k, len(v)) for k, v in 
 """
 
 
-@pytest.mark.parametrize("op", ("selective_scan", "conv1d_silu", "mixer"))
+@pytest.mark.parametrize(
+    "op", ("selective_scan", "conv1d_silu", "mixer", "add_layer_norm", "norm_act")
+)
 def test_twenty_batch_sizes_and_lengths_take_few_variants(op):
-    """At most 8 of each kernel: 4 by length, 3 for few channels, 2 where states are kept."""
+    """At most 8 of each kernel: 4 by length, 3 for few channels, 2 where states are kept. Attention
+    has one for each length of a window, of which a model has two."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     found = subprocess.run(
         [sys.executable, "-c", COUNT.format(op=op)],
